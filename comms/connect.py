@@ -1,0 +1,28 @@
+"""From a URL to a connection: the one way in which a worker finds its coordinator."""
+
+from __future__ import annotations
+
+from diloco.comms.address import parse_address
+from diloco.comms.machine import Connection
+from diloco.errors import ConfigError
+
+
+def connect(url: str) -> Connection:
+    """A connection to "grpc://host:port[,host:port]" or "host:port"; it connects, and reconnects, by itself.
+
+    With several addresses the next one is tried when one does not answer. Raises ConfigError for anything else.
+    """
+    scheme, separator, rest = url.rpartition("://")
+    if separator and scheme != "grpc":
+        raise ConfigError(f"coordinator: {url!r} has the scheme {scheme!r}; write grpc://host:port")
+    addresses = rest.split(",")
+    for address in addresses:
+        try:
+            _, port = parse_address(address)
+        except ValueError as error:
+            raise ConfigError(f"coordinator: {url!r}: {error}; write grpc://host:port") from error
+        if port == 0:
+            raise ConfigError(f"coordinator: {url!r}: port 0 cannot be connected to")
+    from diloco.comms.grpc_client import GrpcConnection  # keeps gRPC out of processes that never connect
+
+    return GrpcConnection(addresses)

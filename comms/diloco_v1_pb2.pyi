@@ -1,0 +1,409 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SessionRequest(_message.Message):
+    __slots__ = ("message",)
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    message: WorkerMessage
+    def __init__(self, message: _Optional[_Union[WorkerMessage, _Mapping]] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("opened", "message")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    opened: SessionOpened
+    message: CoordinatorMessage
+    def __init__(self, opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., message: _Optional[_Union[CoordinatorMessage, _Mapping]] = ...) -> None: ...
+
+class SessionOpened(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class WorkerMessage(_message.Message):
+    __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave")
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    join: Join
+    heartbeat: Heartbeat
+    contribution: Contribution
+    initial: Initial
+    skip: Skip
+    fetch: Fetch
+    leave: Leave
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., initial: _Optional[_Union[Initial, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
+
+class CoordinatorMessage(_message.Message):
+    __slots__ = ("waiting", "welcome", "refused", "commit", "rejected", "aborted", "resend", "snapshot")
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    waiting: Waiting
+    welcome: Welcome
+    refused: Refused
+    commit: Commit
+    rejected: Rejected
+    aborted: Aborted
+    resend: Resend
+    snapshot: Snapshot
+    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+
+class ObjectRef(_message.Message):
+    __slots__ = ("key", "length", "crc32c")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    length: int
+    crc32c: int
+    def __init__(self, key: _Optional[str] = ..., length: _Optional[int] = ..., crc32c: _Optional[int] = ...) -> None: ...
+
+class IndexedObject(_message.Message):
+    __slots__ = ("index", "object")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    object: ObjectRef
+    def __init__(self, index: _Optional[int] = ..., object: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+
+class IndexedWeight(_message.Message):
+    __slots__ = ("index", "weight")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    weight: float
+    def __init__(self, index: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class IndexedRound(_message.Message):
+    __slots__ = ("index", "round")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    round: int
+    def __init__(self, index: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+
+class FragmentRound(_message.Message):
+    __slots__ = ("fragment", "round")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    round: int
+    def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    EVAL_START_FIELD_NUMBER: _ClassVar[int]
+    EVAL_END_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    tokens_per_s: float
+    compute_s: float
+    exposed_s: float
+    hidden_s: float
+    bytes_up: int
+    bytes_down: int
+    eval_start: float
+    eval_end: float
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., lr: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., eval_start: _Optional[float] = ..., eval_end: _Optional[float] = ...) -> None: ...
+
+class Join(_message.Message):
+    __slots__ = ("worker", "nonce", "run_id", "plan", "settings", "versions", "step", "protocol")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    nonce: int
+    run_id: str
+    plan: str
+    settings: str
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    step: int
+    protocol: int
+    def __init__(self, worker: _Optional[str] = ..., nonce: _Optional[int] = ..., run_id: _Optional[str] = ..., plan: _Optional[str] = ..., settings: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("worker", "incarnation", "progress", "versions", "in_flight")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    progress: Progress
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    in_flight: _containers.RepeatedCompositeFieldContainer[FragmentRound]
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., versions: _Optional[_Iterable[int]] = ..., in_flight: _Optional[_Iterable[_Union[FragmentRound, _Mapping]]] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("worker", "incarnation", "fragment", "round", "frame")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    fragment: int
+    round: int
+    frame: ObjectRef
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+
+class Initial(_message.Message):
+    __slots__ = ("worker", "incarnation", "fragment", "frame")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    fragment: int
+    frame: ObjectRef
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+
+class Skip(_message.Message):
+    __slots__ = ("worker", "incarnation", "fragment", "round", "reason")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    fragment: int
+    round: int
+    reason: str
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("worker", "incarnation", "fragment")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    fragment: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ("worker", "incarnation", "reason", "progress", "digest")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    reason: str
+    progress: Progress
+    digest: str
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("joined", "needed")
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    joined: _containers.RepeatedScalarFieldContainer[str]
+    needed: int
+    def __init__(self, joined: _Optional[_Iterable[str]] = ..., needed: _Optional[int] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("worker", "incarnation", "index", "members", "epoch", "step", "versions", "initial")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    index: int
+    members: int
+    epoch: int
+    step: int
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    initial: bool
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., index: _Optional[int] = ..., members: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., initial: _Optional[bool] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("kind", "reason")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    reason: str
+    def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("fragment", "version", "weights", "rounds", "digest", "frames")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    version: int
+    weights: _containers.RepeatedCompositeFieldContainer[IndexedWeight]
+    rounds: _containers.RepeatedCompositeFieldContainer[IndexedRound]
+    digest: str
+    frames: _containers.RepeatedCompositeFieldContainer[IndexedObject]
+    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[IndexedWeight, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[IndexedRound, _Mapping]]] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ...) -> None: ...
+
+class Rejected(_message.Message):
+    __slots__ = ("fragment", "round", "reason")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    round: int
+    reason: str
+    def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Aborted(_message.Message):
+    __slots__ = ("fragment", "round", "reason")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    round: int
+    reason: str
+    def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Resend(_message.Message):
+    __slots__ = ("fragment", "round")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    round: int
+    def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("fragment", "version", "digest", "frames")
+    FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    fragment: int
+    version: int
+    digest: str
+    frames: _containers.RepeatedCompositeFieldContainer[IndexedObject]
+    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ...) -> None: ...
+
+class BeginUploadRequest(_message.Message):
+    __slots__ = ("session", "message")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    message: WorkerMessage
+    def __init__(self, session: _Optional[bytes] = ..., message: _Optional[_Union[WorkerMessage, _Mapping]] = ...) -> None: ...
+
+class BeginUploadResponse(_message.Message):
+    __slots__ = ("offset", "generation")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    generation: int
+    def __init__(self, offset: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class UploadChunk(_message.Message):
+    __slots__ = ("offset", "crc32c", "session", "key", "generation", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    crc32c: int
+    session: bytes
+    key: str
+    generation: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., session: _Optional[bytes] = ..., key: _Optional[str] = ..., generation: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadResponse(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+
+class CommitUploadRequest(_message.Message):
+    __slots__ = ("session", "key", "generation")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    key: str
+    generation: int
+    def __init__(self, session: _Optional[bytes] = ..., key: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class CommitUploadResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DownloadRequest(_message.Message):
+    __slots__ = ("session", "key", "offset", "limit")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    key: str
+    offset: int
+    limit: int
+    def __init__(self, session: _Optional[bytes] = ..., key: _Optional[str] = ..., offset: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class DownloadChunk(_message.Message):
+    __slots__ = ("offset", "crc32c", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    crc32c: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,250 @@
+"""A worker's end of the gRPC transport: `Connection` over a session that mends itself. No protocol logic.
+
+Everything runs on the shared loop (`diloco.comms.loop`); the public methods may be called from any other thread.
+Transfers are in `diloco.comms.grpc_transfers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import queue
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diloco.comms import diloco_v1_pb2 as pb
+from diloco.comms import grpc_options as options
+from diloco.comms import loop
+from diloco.comms.chunks import CHUNK_BYTES, MAX_CHUNK_BYTES
+from diloco.comms.convert import coordinator_from_proto, coordinator_refs, parse, worker_to_proto
+from diloco.comms.grpc_options import aio, grpc
+from diloco.comms.grpc_transfers import Link, Transfers, backoff_s, is_cancelled
+from diloco.comms.machine import COORDINATOR, Connected, Event, Lost, Received
+from diloco.comms.messages import Contribution, FromCoordinator, FromWorker, Initial, Join, Message, Rejected
+from diloco.errors import ConfigError, CorruptDataError
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0  # for the server's first sign of life
+SETTINGS_S = 5.0  # per address
+FLUSH_S = 2.0  # for the last words on close
+
+_FROM_WORKER = FromWorker.__args__
+_BY_FRAGMENT = ("commit", "rejected", "aborted", "resend", "snapshot")
+
+
+class GrpcConnection:
+    """Connects to the first of `addresses` ("host:port") that answers, for ever, from construction to `close`.
+
+    `channels` is the number of TCP connections that share the chunks of an object; more than one pays on lossy
+    paths with cubic congestion control. `chunk_bytes`: 1 MiB, 256 KiB below about 200 Mbit/s. Frames larger than
+    `max_object_bytes` are not fetched.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        channels: int = 1,
+        chunk_bytes: int = CHUNK_BYTES,
+        credentials: grpc.ChannelCredentials | None = None,
+        max_object_bytes: int = 4 << 30,
+        stall_s: float = options.STALL_S,
+    ) -> None:
+        if not addresses:
+            raise ConfigError("coordinator: no address given; write grpc://host:port")
+        if channels < 1:
+            raise ConfigError(f"channels: {channels} is less than 1")
+        if not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
+            raise ConfigError(f"chunk_bytes: {chunk_bytes} is not between 1 and {MAX_CHUNK_BYTES}")
+        self._addresses = tuple(addresses)
+        self._channels = channels
+        self._credentials = credentials
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._transfers = Transfers(chunk_bytes, max_object_bytes, stall_s)
+        self._outgoing: asyncio.Queue[bytes] | None = None  # of the open session
+        self._joined = False  # whether the open session has had its Join
+        self._call: aio.StreamStreamCall[bytes, bytes] | None = None
+        self._orders: dict[int, asyncio.Task[None]] = {}  # per fragment, the last delivery
+        self._closed = False
+        self._main: asyncio.Task[None] | None = None
+        loop.run(self._start())
+
+    def send(self, message: Message) -> None:
+        """Queue `message`. Frames are uploaded until they have arrived; other messages are dropped while offline."""
+        if not isinstance(message, _FROM_WORKER):
+            raise TypeError(f"a worker does not send {type(message).__name__}")
+        if not self._closed:
+            loop.shared_loop().call_soon_threadsafe(self._send, message)
+
+    def receive(self, timeout_s: float | None) -> Event | None:
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """The coordinator's "config"; None when no address answers within 5 s."""
+        return loop.run(self._settings())
+
+    def traffic(self) -> tuple[int, int]:
+        return self._transfers.bytes_up, self._transfers.bytes_down
+
+    def close(self) -> None:
+        """Let queued control messages out (at most 2 s), then end everything. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            loop.run(self._close())
+
+    # ---- on the loop ----
+
+    async def _start(self) -> None:
+        self._main = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        failures = 0
+        for address in itertools.cycle(self._addresses):
+            joined = await self._session(address)
+            failures = 0 if joined else failures + 1
+            await asyncio.sleep(backoff_s(failures))
+
+    async def _session(self, address: str) -> bool:
+        """One session, from dialling to its end. Whether the coordinator let us open it."""
+        control = options.open_channel(address, self._credentials)
+        link: Link | None = None
+        writer: asyncio.Task[None] | None = None
+        connected = False
+        call = self._call = control.stream_stream(options.SESSION)()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await call.initial_metadata()
+            if call.done():
+                return False
+            self._outgoing, self._joined = asyncio.Queue(), False
+            writer = asyncio.create_task(_write(self._outgoing, call))
+            connected = True
+            self._events.put(Connected(COORDINATOR))
+            while (raw := await call.read()) is not aio.EOF:
+                response = parse(pb.SessionResponse, raw)
+                if response.WhichOneof("response") == "opened":
+                    data = [options.open_channel(address, self._credentials) for _ in range(self._channels)]
+                    link = Link(response.opened.session, control, data)
+                    self._transfers.attach(link)
+                else:
+                    self._dispatch(response.message)
+        except (aio.AioRpcError, CorruptDataError, TimeoutError) as error:
+            log.debug("session with %s: %s", address, error)
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+        finally:
+            self._outgoing = self._call = None
+            if connected:
+                self._events.put(Lost(COORDINATOR))
+            call.cancel()
+            if writer is not None:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+            if link is not None:
+                await self._transfers.detach(link)
+            await control.close()
+        return link is not None
+
+    def _send(self, message: FromWorker) -> None:
+        if isinstance(message, Contribution | Initial):
+            self._transfers.upload(message, self._give_up)
+            return
+        if self._outgoing is None or not (self._joined or isinstance(message, Join)):
+            return  # offline, or meant for a session that is over
+        self._joined = True
+        request = pb.SessionRequest(message=worker_to_proto(message))
+        self._outgoing.put_nowait(request.SerializeToString())
+
+    def _give_up(self, message: Contribution | Initial, reason: str) -> None:
+        """The coordinator will not take `message`, whatever we do: say so as it would itself."""
+        log.warning("fragment %d was not accepted: %s", message.fragment, reason)
+        if isinstance(message, Contribution):
+            self._deliver(Rejected(message.fragment, message.round, reason))
+
+    def _deliver(self, message: FromCoordinator) -> None:
+        self._events.put(Received(COORDINATOR, message))
+
+    def _dispatch(self, proto: pb.CoordinatorMessage) -> None:
+        """Deliver at once, or, what concerns a fragment, after everything earlier about the same fragment."""
+        kind = proto.WhichOneof("message")
+        if kind not in _BY_FRAGMENT:
+            self._deliver(coordinator_from_proto(proto))
+            return
+        fragment: int = getattr(proto, kind).fragment
+        before = self._orders.get(fragment)
+        refs = coordinator_refs(proto)
+        if before is None and not refs:
+            self._deliver(coordinator_from_proto(proto))
+            return
+        frames = [self._transfers.download(ref) for ref in refs]
+        task = asyncio.create_task(self._deliver_in_order(proto, frames, before))
+        self._orders[fragment] = task
+        task.add_done_callback(lambda done: self._forget(fragment, done))
+
+    def _forget(self, fragment: int, done: asyncio.Task[None]) -> None:
+        if self._orders.get(fragment) is done:
+            del self._orders[fragment]
+
+    async def _deliver_in_order(
+        self,
+        proto: pb.CoordinatorMessage,
+        frames: Sequence[asyncio.Future[bytearray | None]],
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        """A frame that is no longer offered takes its message with it: the machine then asks for a snapshot."""
+        found = [frame for task in frames if (frame := await asyncio.shield(task)) is not None]
+        if before is not None:
+            await asyncio.wait((before,))
+        if len(found) < len(frames):
+            return
+        try:
+            self._deliver(coordinator_from_proto(proto, found))
+        except CorruptDataError as error:
+            log.warning("dropped a message from the coordinator: %s", error)
+
+    async def _settings(self) -> Mapping[str, Any] | None:
+        for address in self._addresses:
+            channel = options.open_channel(address, self._credentials)
+            try:
+                get_status = channel.unary_unary(options.GET_STATUS)
+                raw = await get_status(b"", timeout=SETTINGS_S, wait_for_ready=True)
+                config = json.loads(parse(pb.GetStatusResponse, raw).json)["config"]
+                if isinstance(config, dict):
+                    return config
+            except (aio.AioRpcError, CorruptDataError, ValueError, KeyError, TypeError) as error:
+                log.debug("settings from %s: %s", address, error)
+            finally:
+                await channel.close()
+        return None
+
+    async def _close(self) -> None:
+        if self._call is not None and self._outgoing is not None:
+            with contextlib.suppress(TimeoutError, aio.AioRpcError, asyncio.InvalidStateError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self._outgoing.join()
+                    call = self._call
+                    if call is not None:
+                        await call.done_writing()
+                        await call.code()
+        tasks = [task for task in (self._main, *self._orders.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._transfers.close()
+
+
+async def _write(outgoing: asyncio.Queue[bytes], call: aio.StreamStreamCall[bytes, bytes]) -> None:
+    """When a write fails the reader of the session sees why."""
+    with contextlib.suppress(aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(await outgoing.get())
+            outgoing.task_done()

@@ -1,0 +1,273 @@
+"""A worker's uploads and downloads: in the background, in chunks, again and again until they are through.
+
+Lives on the shared loop; not thread-safe. A `Link` is what one session gives to transfers; they outlive it and
+go on with the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+
+from diloco.comms import diloco_v1_pb2 as pb
+from diloco.comms import grpc_options as options
+from diloco.comms.chunks import Chunk, read_chunk, write_chunk
+from diloco.comms.convert import parse, worker_to_proto
+from diloco.comms.grpc_options import aio, grpc
+from diloco.comms.messages import Contribution, Initial
+from diloco.comms.transfer import OutOfPlaceError, Receiving, Ref, TooLargeError, cut, ref_of
+from diloco.errors import CorruptDataError, DilocoError
+
+log = logging.getLogger(__name__)
+
+MAX_CORRUPT = 5  # attempts that may end in wrong bytes before an object is given up
+RANGE_CHUNKS = 4  # what one stream of several fetches at a time
+_FOR_GOOD = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+_Call = aio.StreamUnaryCall[bytes, bytes] | aio.UnaryStreamCall[bytes, bytes]
+
+
+class _FailedError(DilocoError):
+    """An attempt ended early, with a gRPC status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """A live session's token and channels, and the calls that must end before these close."""
+
+    token: bytes = field(repr=False)
+    control: aio.Channel
+    data: list[aio.Channel]
+    calls: set[_Call] = field(default_factory=set)
+
+
+def backoff_s(failures: int) -> float:
+    """0.1 s, doubled with each failure up to 2 s, of which a random half is taken off."""
+    return min(2.0, 0.1 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)
+
+
+def is_cancelled() -> bool:
+    """Whether a CancelledError means this task, rather than the gRPC call it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class Transfers:
+    """`chunk_bytes` per chunk up; objects of at most `max_object_bytes` down; `stall_s` without progress ends
+    an attempt."""
+
+    def __init__(self, chunk_bytes: int, max_object_bytes: int, stall_s: float) -> None:
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._chunk_bytes = chunk_bytes
+        self._max_object_bytes = max_object_bytes
+        self._stall_s = stall_s
+        self._link: Link | None = None
+        self._attached = asyncio.Event()
+        self._uploads: dict[str, asyncio.Task[None]] = {}
+        self._downloads: dict[Ref, asyncio.Task[bytearray | None]] = {}
+
+    def attach(self, link: Link) -> None:
+        """Transfers use `link` from now on."""
+        self._link = link
+        self._attached.set()
+
+    async def detach(self, link: Link) -> None:
+        """`link` is dead: end its calls, close its data channels."""
+        if self._link is link:
+            self._link = None
+            self._attached.clear()
+        for call in list(link.calls):
+            call.cancel()
+        for channel in link.data:
+            await channel.close()
+
+    async def close(self) -> None:
+        tasks = [*self._uploads.values(), *self._downloads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def upload(
+        self, message: Contribution | Initial, refused: Callable[[Contribution | Initial, str], None]
+    ) -> None:
+        """Bring `message` to the coordinator, unless it is under way; `refused` is called when it will not have it."""
+        key = f"{message.worker}/{message.incarnation}/{message.fragment}"
+        if isinstance(message, Contribution):
+            key = f"contribution/{key}/{message.round}"
+        else:
+            key = f"initial/{key}"
+        if key in self._uploads:
+            return
+        task = asyncio.create_task(self._upload(key, message, refused))
+        self._uploads[key] = task
+        task.add_done_callback(lambda _: self._uploads.pop(key))
+
+    def download(self, ref: Ref) -> asyncio.Task[bytearray | None]:
+        """The object behind `ref`; None when it cannot be had. One transfer, however often it is asked for."""
+        task = self._downloads.get(ref)
+        if task is None:
+            task = self._downloads[ref] = asyncio.create_task(self._download(ref))
+            task.add_done_callback(lambda _: self._downloads.pop(ref))
+        return task
+
+    async def _upload(
+        self,
+        key: str,
+        message: Contribution | Initial,
+        refused: Callable[[Contribution | Initial, str], None],
+    ) -> None:
+        ref = await asyncio.to_thread(ref_of, key, message.frame)
+        reason = await self._persist(lambda link: self._try_upload(link, ref, message))
+        if reason is not None:
+            refused(message, reason)
+
+    async def _download(self, ref: Ref) -> bytearray | None:
+        try:
+            receiving = Receiving(ref, self._max_object_bytes)
+        except TooLargeError as error:
+            log.warning("%s", error)
+            return None
+        reason = await self._persist(lambda link: self._try_download(link, receiving))
+        if reason is not None:
+            log.info("download of %s: %s", ref.key, reason)
+            return None
+        return receiving.finish(receiving.generation)
+
+    async def _persist(self, attempt: Callable[[Link], Awaitable[None]]) -> str | None:
+        """Repeat `attempt`, each time with the live link; None when it succeeds, or why it never will."""
+        failures = corrupt = 0
+        while True:
+            await self._attached.wait()
+            link = self._link
+            if link is None:
+                continue
+            try:
+                await attempt(link)
+                return None
+            except CorruptDataError as error:
+                corrupt += 1
+                reason = str(error)
+            except _FailedError as error:
+                if error.code in _FOR_GOOD:
+                    return error.details
+                corrupt += error.code is grpc.StatusCode.DATA_LOSS
+                reason = str(error)
+            if corrupt >= MAX_CORRUPT:
+                return reason
+            log.debug("transfer attempt failed: %s", reason)
+            await asyncio.sleep(backoff_s(failures))
+            failures += 1
+
+    async def _try_upload(self, link: Link, ref: Ref, message: Contribution | Initial) -> None:
+        begin = pb.BeginUploadRequest(session=link.token, message=worker_to_proto(message, ref))
+        raw = await _unary(link.control, options.BEGIN_UPLOAD, begin.SerializeToString())
+        begun = parse(pb.BeginUploadResponse, raw)
+        opening = Chunk(0, 0, b"", link.token, ref.key, begun.generation)
+        chunks = cut(message.frame, begun.offset, ref.length, self._chunk_bytes)
+        if begun.offset < ref.length:
+            await _all([self._feed(link, channel, opening, chunks) for channel in link.data])
+        commit = pb.CommitUploadRequest(session=link.token, key=ref.key, generation=begun.generation)
+        await _unary(link.control, options.COMMIT_UPLOAD, commit.SerializeToString())
+
+    async def _feed(self, link: Link, channel: aio.Channel, opening: Chunk, chunks: Iterator[Chunk]) -> None:
+        """One stream of an upload; with several, each takes the next chunk when it has room for it."""
+        call = channel.stream_unary(options.UPLOAD)()
+        async with _ending(link, call):
+            async with asyncio.timeout(self._stall_s):
+                await call.write(write_chunk(opening))
+            for chunk in chunks:
+                async with asyncio.timeout(self._stall_s):
+                    await call.write(write_chunk(chunk))
+                self.bytes_up += len(chunk.data)
+            async with asyncio.timeout(self._stall_s):
+                await call.done_writing()
+                await call
+
+    async def _try_download(self, link: Link, receiving: Receiving) -> None:
+        ref = receiving.ref
+        offset = receiving.begin(receiving.generation + 1)
+        span = ref.length - offset
+        if len(link.data) > 1:
+            span = RANGE_CHUNKS * self._chunk_bytes
+        if span:
+            starts = iter(range(offset, ref.length, span))
+            await _all([self._fetch(link, channel, receiving, starts, span) for channel in link.data])
+        receiving.finish(receiving.generation)
+
+    async def _fetch(
+        self, link: Link, channel: aio.Channel, receiving: Receiving, starts: Iterator[int], span: int
+    ) -> None:
+        """One stream of a download; with several, each takes the next range when it has finished one."""
+        generation = receiving.generation
+        for start in starts:
+            request = pb.DownloadRequest(session=link.token, key=receiving.ref.key, offset=start, limit=span)
+            call = channel.unary_stream(options.DOWNLOAD)(request.SerializeToString())
+            async with _ending(link, call):
+                while True:
+                    async with asyncio.timeout(self._stall_s):
+                        raw = await call.read()
+                    if raw is aio.EOF:
+                        break
+                    chunk = read_chunk(raw)
+                    receiving.accept(generation, chunk)
+                    self.bytes_down += len(chunk.data)
+
+
+async def _unary(channel: aio.Channel, method: str, request: bytes) -> bytes:
+    try:
+        return await channel.unary_unary(method)(request, timeout=options.UNARY_S)
+    except aio.AioRpcError as error:
+        raise _FailedError(error.code(), error.details() or "") from error
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        raise _FailedError(grpc.StatusCode.CANCELLED, "the channel was closed") from None
+
+
+async def _all(streams: list[Awaitable[None]]) -> None:
+    """Run `streams` side by side; when one fails, end the others and raise its error."""
+    tasks = [asyncio.ensure_future(stream) for stream in streams]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _ending(link: Link, call: _Call) -> AsyncIterator[None]:
+    """Ends `call` on the way out, whatever happens, and turns every failure of it into _FailedError."""
+    link.calls.add(call)
+    try:
+        yield
+    except aio.AioRpcError as error:
+        raise _FailedError(error.code(), error.details() or "") from error
+    except asyncio.InvalidStateError:
+        raise _FailedError(await call.code(), await call.details()) from None
+    except TimeoutError:
+        raise _FailedError(grpc.StatusCode.DEADLINE_EXCEEDED, "no progress for too long") from None
+    except OutOfPlaceError as error:
+        raise _FailedError(grpc.StatusCode.OUT_OF_RANGE, str(error)) from error
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        raise _FailedError(grpc.StatusCode.CANCELLED, "the channel was closed") from None
+    finally:
+        link.calls.discard(call)
+        call.cancel()

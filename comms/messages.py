@@ -1,0 +1,197 @@
+"""What workers and the coordinator say to each other, as values. No encoding, no transport.
+
+Bulk data (frames) rides in `frame` or `frames`; a transport may carry it apart from the rest of the message.
+Every message is idempotent: a duplicate is ignored or answered again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Buffer = bytes | bytearray | memoryview
+
+PROTOCOL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a worker's training is; times in seconds since its start, losses in nats per byte (NaN: unknown)."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float = float("nan")
+    lr: float = float("nan")
+    tokens_per_s: float = 0.0
+    compute_s: float = 0.0
+    exposed_s: float = 0.0
+    hidden_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    eval_start: float = float("nan")
+    eval_end: float = float("nan")
+
+
+# ---- from a worker ----
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """I want in. `nonce` names this life of the process: the same nonce again is a reconnect, not a new life."""
+
+    worker: str
+    nonce: int
+    run_id: str
+    plan: str  # FragmentPlan.describe(): names, shapes, dtypes and fragments, as JSON
+    settings: str  # the protocol's part of the configuration, as JSON
+    versions: tuple[int, ...] = ()  # per fragment what this worker has merged; empty: nothing yet
+    step: int = 0
+    protocol: int = PROTOCOL
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    worker: str
+    incarnation: int
+    progress: Progress
+    versions: tuple[int, ...]
+    in_flight: tuple[tuple[int, int], ...] = ()  # (fragment, round) sent long ago and not yet answered
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One framed pseudo-gradient; the frame's header repeats and completes what stands here."""
+
+    worker: str
+    incarnation: int
+    fragment: int
+    round: int
+    frame: Buffer = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """The starting value of a fragment, fp32, from the member that the coordinator asked."""
+
+    worker: str
+    incarnation: int
+    fragment: int
+    frame: Buffer = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """This worker has nothing fit to send for the round (non-finite values): do not wait for it."""
+
+    worker: str
+    incarnation: int
+    fragment: int
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Send me a snapshot of this fragment."""
+
+    worker: str
+    incarnation: int
+    fragment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    worker: str
+    incarnation: int
+    reason: str  # "complete", "interrupted", or words
+    progress: Progress
+    digest: str  # digest of this worker's global parameters, hex
+
+
+# ---- from the coordinator ----
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The start cohort is not complete yet."""
+
+    joined: tuple[str, ...]
+    needed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    worker: str
+    incarnation: int
+    index: int  # the worker's number in frames and in the order of summation
+    members: int  # live members, this one included
+    epoch: int
+    step: int  # the run's inner step: a newcomer starts counting here
+    versions: tuple[int, ...]
+    initial: bool = False  # True: send your starting values, you define the run's
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """You are not (or no longer) in. `kind`: run, plan, settings, protocol, incarnation, complete, corrupt, or left.
+
+    "left" answers a Leave; "incarnation" asks to join again; the others are final.
+    """
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Fragment `fragment` moved to `version`. `frames` are what everyone applies, by contributor index.
+
+    For one shared downlink frame the index is 0; under `relay` there is one frame per other contributor.
+    """
+
+    fragment: int
+    version: int
+    weights: tuple[tuple[int, float], ...]  # (worker index, weight), ascending; weights sum to 1
+    rounds: tuple[tuple[int, int], ...]  # (worker index, that worker's round), ascending
+    digest: str
+    frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Your contribution to this round does not count, and why."""
+
+    fragment: int
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The round ended without a quorum: keep your work, it goes into the next one."""
+
+    fragment: int
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """I do not have your contribution to this round."""
+
+    fragment: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A fragment's global value (first frame) and, where workers step themselves, its outer state (the others)."""
+
+    fragment: int
+    version: int
+    digest: str
+    frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+
+
+FromWorker = Join | Heartbeat | Contribution | Initial | Skip | Fetch | Leave
+FromCoordinator = Waiting | Welcome | Refused | Commit | Rejected | Aborted | Resend | Snapshot
+Message = FromWorker | FromCoordinator

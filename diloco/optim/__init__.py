@@ -1,0 +1,14 @@
+"""Optimizers for one node: any of them can be the inner optimizer of a distributed run.
+
+Each algorithm is one module. Outer optimizers that act on fragments are in `diloco.outer`.
+"""
+
+from __future__ import annotations
+
+from diloco.optim.gpa import GPA
+from diloco.optim.muon import Muon
+from diloco.optim.normuon import NorMuon
+from diloco.optim.orthogonalize import orthogonalize
+from diloco.optim.snoo import SNOO
+
+__all__ = ["GPA", "SNOO", "Muon", "NorMuon", "orthogonalize"]

@@ -1,0 +1,120 @@
+"""GPA: generalised primal averaging around any optimizer. The base optimizer's own rule is untouched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diloco.errors import ConfigError
+from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, evaluate, state_dtype
+from diloco.optim.wrapping import add_entries, param_entries, take_entries
+
+
+class GPA(torch.optim.Optimizer):
+    """Gradients at y, steps on z, evaluation at the average x (arXiv 2512.17131).
+
+        y = mu_y x + (1-mu_y) z ;  z' = base step on z with the gradient at y ;  x' = mu_x x + (1-mu_x) z'
+
+    The parameters hold y in train mode and x in eval mode; one more tensor per parameter holds z. With dz = z' - z,
+    ``y' = z' + mu_x (y - z - mu_y dz)``, so mu_x = 0 is exactly the base optimizer. Weight decay acts on z. From an
+    outer momentum mu with H inner steps: ``mu_x = mu^(1/H)``. Needs a learning-rate schedule.
+
+    `param_groups` and `state` are the base optimizer's own objects, so schedulers work unchanged. A closure is
+    evaluated at y. Start is x = y = z; a parameter without a gradient is left alone.
+
+    Raises:
+        ConfigError: mu_x outside [0, 1], mu_y outside (0, 1], or a base that averages itself (Schedule-Free, SNOO) or
+            keeps its weights on a sphere (Hyperball, MD), which averages leave.
+        EvalModeError: a step in eval mode.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mu_x: float = 0.9967, mu_y: float = 0.7) -> None:
+        if not 0 <= mu_x <= 1:
+            raise ConfigError(f"GPA: mu_x is {mu_x}: give the weight of the old average, in [0, 1]")
+        if not 0 < mu_y <= 1:
+            raise ConfigError(f"GPA: mu_y is {mu_y}: give the weight of the average in y, in (0, 1]")
+        for method, reason in (
+            ("eval", "averages its weights itself"),
+            ("reanchor", "keeps weights on a sphere"),
+        ):
+            if hasattr(optimizer, method):
+                raise ConfigError(
+                    f"GPA cannot wrap {type(optimizer).__name__}, which {reason}: use another base"
+                )
+        self.optimizer = optimizer
+        self.mu_x, self.mu_y = mu_x, mu_y
+        self.z: dict[Tensor, Tensor] = {}
+        self.training = True
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group to the base optimizer."""
+        if self.__dict__.get("param_groups") is not self.optimizer.param_groups:
+            super().add_param_group(param_group)  # while being made: adopts the base's groups themselves
+        else:
+            self.optimizer.add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """One base step on z with the gradients at y; returns the closure's loss."""
+        if not self.training:
+            raise EvalModeError(
+                "GPA.step() in eval mode, where the parameters hold the average: call train() first"
+            )
+        loss = evaluate(closure)
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not active:
+            return loss
+        ys, zs = [], []
+        for p in active:
+            y = p.to(dtype=state_dtype(p), copy=True)
+            z = self.z.setdefault(p, y.clone())
+            p.copy_(z)
+            ys.append(y)
+            zs.append(z)
+        self.optimizer.step()
+        for p, y, z in zip(active, ys, zs, strict=True):
+            y.sub_(z)
+            dz = p.to(z.dtype) - z
+            z.copy_(p)
+            p.copy_(y.sub_(dz, alpha=self.mu_y).mul_(self.mu_x).add_(z))
+        return loss
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the average in the parameters: x = y + (1 - 1/mu_y)(z - y). Does nothing in eval mode."""
+        if self.training:
+            self._move(1 - 1 / self.mu_y)
+        self.training = False
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put y back, up to rounding: y = x + (1 - mu_y)(z - x). Does nothing in train mode."""
+        if not self.training:
+            self._move(1 - self.mu_y)
+        self.training = True
+
+    def _move(self, weight: float) -> None:
+        for p, z in self.z.items():
+            p.copy_(torch.lerp(p.to(z.dtype), z, weight))
+
+    def state_dict(self) -> StateDict:
+        """The base's state in torch's format, with `gpa_z` per parameter and the mode per group."""
+        return add_entries(self.optimizer, {"gpa_z": self.z}, {"gpa_training": self.training})
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load copies of a state made by `state_dict`, mode included; the parameters are the caller's to load.
+
+        Raises:
+            ConfigError: the state is not of this wrapper.
+        """
+        inner, own = take_entries(state_dict, "gpa_", "GPA")
+        self.optimizer.load_state_dict(inner)
+        self._share()
+        self.training = own["gpa_training"]
+        self.z = dict(param_entries(self.optimizer, state_dict, "gpa_z"))

@@ -1,0 +1,67 @@
+"""Keeping a wrapper's own state inside the wrapped optimizer's state dictionary, in torch's format.
+
+A wrapper (`snoo`, `gpa`) adds prefixed entries, per parameter and per group, so that anything that can store a torch
+optimizer can store it, and takes them out again before the wrapped optimizer loads the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diloco.errors import ConfigError
+from diloco.optim.state import StateDict, params_in_order
+
+
+def add_entries(
+    inner: torch.optim.Optimizer,
+    per_param: Mapping[str, Mapping[Tensor, Tensor]],
+    per_group: Mapping[str, Any],
+) -> StateDict:
+    """The inner optimizer's state dictionary with ``per_param[name][p]`` and `per_group` added; inputs unchanged."""
+    saved: StateDict = inner.state_dict()
+    state: dict[int, dict[str, Any]] = {i: dict(s) for i, s in saved["state"].items()}
+    for i, p in enumerate(params_in_order(inner.param_groups)):
+        for name, tensors in per_param.items():
+            if p in tensors:
+                state.setdefault(i, {})[name] = tensors[p]
+    return {**saved, "state": state, "param_groups": [{**g, **per_group} for g in saved["param_groups"]]}
+
+
+def take_entries(saved: Mapping[str, Any], prefix: str, owner: str) -> tuple[StateDict, dict[str, Any]]:
+    """Split `saved` into a copy without the prefixed entries, for the inner optimizer, and the group entries.
+
+    Raises:
+        ConfigError: there are no such entries, so the state is not this wrapper's.
+    """
+    own = {key: value for key, value in saved["param_groups"][0].items() if key.startswith(prefix)}
+    if not own:
+        raise ConfigError(
+            f"{owner}: the state has no {prefix}* entries: load it into the inner optimizer instead"
+        )
+    state: dict[int, dict[str, Any]] = {}
+    for i, entries in saved["state"].items():
+        # torch shares loaded tensors with the dictionary; a copy keeps two optimizers apart.
+        kept = {
+            k: v.clone() if isinstance(v, Tensor) else v
+            for k, v in entries.items()
+            if not k.startswith(prefix)
+        }
+        if kept:
+            state[i] = kept
+    groups = [{k: v for k, v in g.items() if not k.startswith(prefix)} for g in saved["param_groups"]]
+    return {**saved, "state": state, "param_groups": groups}, own
+
+
+def param_entries(
+    inner: torch.optim.Optimizer, saved: Mapping[str, Any], name: str, device: torch.device | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter that has the entry `name` in `saved`, with a copy of it on `device` (default: p's own)."""
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    for i, p in zip(indices, params_in_order(inner.param_groups), strict=True):
+        value = saved["state"].get(i, {}).get(name)
+        if value is not None:
+            yield p, value.detach().to(device=device or p.device, copy=True)
