@@ -147,6 +147,12 @@ def decode_frame(
     return header, values
 
 
+def relabel(frame: Payload, *, worker: int, incarnation: int) -> bytes:
+    """The same frame under another sender: for a resend after the worker has joined anew. Raises CorruptDataError."""
+    header, payload = _split(memoryview(frame).cast("B"))
+    return b"".join((pack_header(replace(header, worker=worker, incarnation=incarnation)), payload))
+
+
 def codec_of(header: FrameHeader) -> Codec:
     """The codec a header speaks of, its `bits` or `k` found from the sizes. Raises CorruptDataError."""
     if header.flags & FLAG_PER_ROW:
@@ -196,6 +202,16 @@ def _unpack(
     if _crc(payload) != header.crc32c:
         raise CorruptDataError(f"CRC-32C of the payload is not the header's {header.crc32c:#010x}")
     return header, used, payload
+
+
+def _split(frame: memoryview) -> tuple[FrameHeader, memoryview]:
+    header = _parse(frame)
+    payload = frame[HEADER_SIZE:]
+    if header.payload_len != payload.nbytes:
+        raise CorruptDataError(
+            f"frame carries {payload.nbytes} payload bytes, its header says {header.payload_len}"
+        )
+    return header, payload
 
 
 def _parse(frame: memoryview) -> FrameHeader:

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import queue
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,6 @@ CONNECT_S = 10.0  # for the server's first sign of life
 SETTINGS_S = 5.0  # per address
 FLUSH_S = 2.0  # for the last words on close
 
-_FROM_WORKER = FromWorker.__args__
 _BY_FRAGMENT = ("commit", "rejected", "aborted", "resend", "snapshot")
 
 
@@ -69,14 +67,15 @@ class GrpcConnection:
         self._outgoing: asyncio.Queue[bytes] | None = None  # of the open session
         self._joined = False  # whether the open session has had its Join
         self._call: aio.StreamStreamCall[bytes, bytes] | None = None
-        self._orders: dict[int, asyncio.Task[None]] = {}  # per fragment, the last delivery
+        self._latest: dict[int, asyncio.Task[None]] = {}  # per fragment, the last delivery
+        self._deliveries: set[asyncio.Task[None]] = set()
         self._closed = False
         self._main: asyncio.Task[None] | None = None
         loop.run(self._start())
 
     def send(self, message: Message) -> None:
         """Queue `message`. Frames are uploaded until they have arrived; other messages are dropped while offline."""
-        if not isinstance(message, _FROM_WORKER):
+        if not isinstance(message, FromWorker):
             raise TypeError(f"a worker does not send {type(message).__name__}")
         if not self._closed:
             loop.shared_loop().call_soon_threadsafe(self._send, message)
@@ -118,7 +117,8 @@ class GrpcConnection:
         link: Link | None = None
         writer: asyncio.Task[None] | None = None
         connected = False
-        call = self._call = control.stream_stream(options.SESSION)()
+        call: aio.StreamStreamCall[bytes, bytes] = control.stream_stream(options.SESSION)()
+        self._call = call
         try:
             async with asyncio.timeout(CONNECT_S):
                 await call.initial_metadata()
@@ -128,7 +128,7 @@ class GrpcConnection:
             writer = asyncio.create_task(_write(self._outgoing, call))
             connected = True
             self._events.put(Connected(COORDINATOR))
-            while (raw := await call.read()) is not aio.EOF:
+            while (raw := options.message_or_end(await call.read())) is not None:
                 response = parse(pb.SessionResponse, raw)
                 if response.WhichOneof("response") == "opened":
                     data = [options.open_channel(address, self._credentials) for _ in range(self._channels)]
@@ -180,19 +180,21 @@ class GrpcConnection:
             self._deliver(coordinator_from_proto(proto))
             return
         fragment: int = getattr(proto, kind).fragment
-        before = self._orders.get(fragment)
+        before = self._latest.get(fragment)
         refs = coordinator_refs(proto)
         if before is None and not refs:
             self._deliver(coordinator_from_proto(proto))
             return
         frames = [self._transfers.download(ref) for ref in refs]
         task = asyncio.create_task(self._deliver_in_order(proto, frames, before))
-        self._orders[fragment] = task
+        self._latest[fragment] = task
+        self._deliveries.add(task)
         task.add_done_callback(lambda done: self._forget(fragment, done))
 
     def _forget(self, fragment: int, done: asyncio.Task[None]) -> None:
-        if self._orders.get(fragment) is done:
-            del self._orders[fragment]
+        self._deliveries.discard(done)
+        if self._latest.get(fragment) is done:
+            del self._latest[fragment]
 
     async def _deliver_in_order(
         self,
@@ -215,6 +217,7 @@ class GrpcConnection:
         for address in self._addresses:
             channel = options.open_channel(address, self._credentials)
             try:
+                get_status: aio.UnaryUnaryMultiCallable[bytes, bytes]
                 get_status = channel.unary_unary(options.GET_STATUS)
                 raw = await get_status(b"", timeout=SETTINGS_S, wait_for_ready=True)
                 config = json.loads(parse(pb.GetStatusResponse, raw).json)["config"]
@@ -235,7 +238,7 @@ class GrpcConnection:
                     if call is not None:
                         await call.done_writing()
                         await call.code()
-        tasks = [task for task in (self._main, *self._orders.values()) if task is not None]
+        tasks = [task for task in (self._main, *self._deliveries) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -74,6 +74,11 @@ CLIENT_OPTIONS = [
 ]
 
 
+def message_or_end(read: object) -> bytes | None:
+    """What `call.read()` gave: a message, or None at the end of the stream."""
+    return read if isinstance(read, bytes) else None
+
+
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> aio.Channel:
     if credentials is None:
         return aio.insecure_channel(address, options=CLIENT_OPTIONS)

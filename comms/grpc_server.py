@@ -244,8 +244,8 @@ class GrpcServer:
         await context.send_initial_metadata(())  # tells the worker that the way is open
         async with _refusals(context):
             async with asyncio.timeout(JOIN_S):
-                raw = await context.read()
-            if raw is aio.EOF:
+                raw = options.message_or_end(await context.read())
+            if raw is None:
                 return
             join = _read_message(raw)
             if not isinstance(join, Join):
@@ -311,7 +311,7 @@ class GrpcServer:
             raise error
 
     async def _read(self, session: _Session, context: _Context) -> None:
-        while (raw := await context.read()) is not aio.EOF:
+        while (raw := options.message_or_end(await context.read())) is not None:
             message = _read_message(raw)
             if message.worker != session.worker:
                 raise _ForeignError(f"session of {session.worker!r}: a message from {message.worker!r}")
@@ -331,13 +331,13 @@ class GrpcServer:
 
     async def _upload(self, _requests: AsyncIterator[bytes], context: _Context) -> bytes:
         async with _refusals(context):
-            opening = read_chunk(await self._next(context))
+            opening = read_chunk(await self._next(context) or b"")
             session = self._authorised(opening.session)
             upload = self._uploads.find(session.worker, opening.key, opening.generation)
             counts = self._counts.setdefault(session.worker, _Counts())
             upload.streams += 1
             try:
-                while raw := await self._next(context):
+                while (raw := await self._next(context)) is not None:
                     counts.wire_up += len(raw) + GRPC_PREFIX_BYTES
                     chunk = read_chunk(raw)
                     upload.receiving.accept(opening.generation, chunk)
@@ -346,11 +346,10 @@ class GrpcServer:
                 upload.streams -= 1
         return pb.UploadResponse(offset=upload.receiving.offset).SerializeToString()
 
-    async def _next(self, context: _Context) -> bytes:
-        """The next message of an upload, b"" at its end."""
+    async def _next(self, context: _Context) -> bytes | None:
+        """The next message of an upload, None at its end."""
         async with asyncio.timeout(self._stall_s):
-            raw = await context.read()
-        return b"" if raw is aio.EOF else raw
+            return options.message_or_end(await context.read())
 
     async def _commit_upload(self, raw: bytes, context: _Context) -> bytes:
         async with _refusals(context):

@@ -167,6 +167,8 @@ class Transfers:
                     return error.details
                 corrupt += error.code is grpc.StatusCode.DATA_LOSS
                 reason = str(error)
+            except OutOfPlaceError as error:  # the other side ended the stream early
+                reason = str(error)
             if corrupt >= MAX_CORRUPT:
                 return reason
             log.debug("transfer attempt failed: %s", reason)
@@ -186,7 +188,7 @@ class Transfers:
 
     async def _feed(self, link: Link, channel: aio.Channel, opening: Chunk, chunks: Iterator[Chunk]) -> None:
         """One stream of an upload; with several, each takes the next chunk when it has room for it."""
-        call = channel.stream_unary(options.UPLOAD)()
+        call: aio.StreamUnaryCall[bytes, bytes] = channel.stream_unary(options.UPLOAD)()
         async with _ending(link, call):
             async with asyncio.timeout(self._stall_s):
                 await call.write(write_chunk(opening))
@@ -214,14 +216,15 @@ class Transfers:
     ) -> None:
         """One stream of a download; with several, each takes the next range when it has finished one."""
         generation = receiving.generation
+        download: aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(options.DOWNLOAD)
         for start in starts:
             request = pb.DownloadRequest(session=link.token, key=receiving.ref.key, offset=start, limit=span)
-            call = channel.unary_stream(options.DOWNLOAD)(request.SerializeToString())
+            call = download(request.SerializeToString())
             async with _ending(link, call):
                 while True:
                     async with asyncio.timeout(self._stall_s):
-                        raw = await call.read()
-                    if raw is aio.EOF:
+                        raw = options.message_or_end(await call.read())
+                    if raw is None:
                         break
                     chunk = read_chunk(raw)
                     receiving.accept(generation, chunk)
@@ -229,8 +232,9 @@ class Transfers:
 
 
 async def _unary(channel: aio.Channel, method: str, request: bytes) -> bytes:
+    call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
     try:
-        return await channel.unary_unary(method)(request, timeout=options.UNARY_S)
+        return await call(request, timeout=options.UNARY_S)
     except aio.AioRpcError as error:
         raise _FailedError(error.code(), error.details() or "") from error
     except asyncio.CancelledError:

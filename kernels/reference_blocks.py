@@ -144,7 +144,9 @@ def _quantise_e2m1(y: Tensor) -> Tensor:
     """
     sign = (y < 0).to(torch.uint8).mul_(8)
     y.abs_()
-    code = torch.minimum((y * 2).round_(), y.round().add_(2)).minimum(y.mul_(0.5).round_().add_(4)).clamp_(max=7)
+    code = (
+        torch.minimum((y * 2).round_(), y.round().add_(2)).minimum(y.mul_(0.5).round_().add_(4)).clamp_(max=7)
+    )
     level = code.to(torch.uint8)
     return sign.mul_(level != 0).bitwise_or_(level)
 

@@ -5,10 +5,22 @@ Each algorithm is one module. Outer optimizers that act on fragments are in `dil
 
 from __future__ import annotations
 
+from diloco.optim.build import build_optimizer
+from diloco.optim.combine import Combined
 from diloco.optim.gpa import GPA
+from diloco.optim.groups import param_groups
 from diloco.optim.muon import Muon
 from diloco.optim.normuon import NorMuon
 from diloco.optim.orthogonalize import orthogonalize
 from diloco.optim.snoo import SNOO
 
-__all__ = ["GPA", "SNOO", "Muon", "NorMuon", "orthogonalize"]
+__all__ = [
+    "GPA",
+    "SNOO",
+    "Combined",
+    "Muon",
+    "NorMuon",
+    "build_optimizer",
+    "orthogonalize",
+    "param_groups",
+]

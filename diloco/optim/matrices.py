@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
 from diloco.optim.coefficients import coefficient_set
-from diloco.optim.orthogonalize import check_options, orthogonalize
+from diloco.optim.orthogonalize import ITERATION_DTYPES, check_options, orthogonalize
 from diloco.optim.state import state_dtype
 
 SCALES = ("match_rms", "original", "spectral", "shape_up", "none")
@@ -62,11 +62,22 @@ def split(tensor: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     return list(torch.split(flat, list(sizes), dim=1))
 
 
-def check_matrix_group(group: Mapping[str, Any]) -> None:
+def iteration_dtype(value: torch.dtype | str) -> torch.dtype:
+    """A dtype from itself or its name. Groups hold the name, so that a state dictionary can be written as JSON."""
+    known = {str(d).removeprefix("torch."): d for d in ITERATION_DTYPES}
+    name = str(value).removeprefix("torch.")
+    if name not in known:
+        raise ConfigError(f"iteration_dtype is {name!r}: known are {', '.join(known)}{nearest(name, known)}")
+    return known[name]
+
+
+def check_matrix_group(group: dict[str, Any]) -> None:
     """Refuse shapes that hold no matrix, blocks that do not fit, and unusable orthogonalisation options."""
+    dtype = iteration_dtype(group["iteration_dtype"])
+    group["iteration_dtype"] = str(dtype).removeprefix("torch.")
     check_options(
         coefficient_set(group["coefficients"]),
-        group["iteration_dtype"],
+        dtype,
         group["orth_eps"],
         group["form"],
         group["start"],
@@ -97,7 +108,7 @@ def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> l
             result = orthogonalize(
                 torch.cat(wide) if len(wide) > 1 else wide[0],
                 group["coefficients"],
-                dtype=group["iteration_dtype"],
+                dtype=iteration_dtype(group["iteration_dtype"]),
                 eps=group["orth_eps"],
                 form=group["form"],
                 start=group["start"],

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         scale: str = "match_rms",
         cautious: bool = False,
         coefficients: Coefficients = "you5",
-        iteration_dtype: torch.dtype = torch.bfloat16,
+        iteration_dtype: torch.dtype | str = torch.bfloat16,
         orth_eps: float = 1e-7,
         form: Form = "plain",
         start: Start = "frobenius",

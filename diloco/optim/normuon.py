@@ -64,7 +64,7 @@ class NorMuon(torch.optim.Optimizer):
         scale: str | None = None,
         cautious: bool | None = None,
         coefficients: Coefficients = "you5",
-        iteration_dtype: torch.dtype = torch.bfloat16,
+        iteration_dtype: torch.dtype | str = torch.bfloat16,
         orth_eps: float = 1e-7,
         form: Form = "plain",
         start: Start = "frobenius",

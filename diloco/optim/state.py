@@ -63,7 +63,7 @@ def restore_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
     for index, p in zip(indices, params_in_order(optimizer.param_groups), strict=True):
         for key, value in saved["state"].get(index, {}).items():
             if isinstance(value, Tensor):
-                device = torch.device("cpu") if key == "step" and value.device.type == "cpu" else p.device
+                device = optimizer.state[p][key].device  # torch knows which entries stay on the CPU
                 optimizer.state[p][key] = value.detach().to(device=device, copy=True)
 
 

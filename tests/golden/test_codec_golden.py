@@ -90,6 +90,12 @@ def test_stat2_has_the_golden_shift_table_and_codes() -> None:
     assert payload[20:] == bytes.fromhex("a7 ea")
 
 
+def test_stat_takes_the_unbiased_deviation() -> None:
+    """For -1, 1 it is sqrt(2): bins of 2.12, both values in the middle one; the biased 1 would part them."""
+    payload = get("stat", bits=2).encode(torch.tensor([-1.0, 1.0]))
+    assert payload == bytes(20) + bytes([0b1010])
+
+
 def test_the_golden_index_pair_packs_into_three_bytes() -> None:
     """Indices 0x123 and 0xabc are the bytes 23 c1 ab."""
     codec = get("topk", k=2, bits=8)

@@ -182,6 +182,17 @@ def test_a_frame_through_error_feedback_says_so_and_corrects_the_next() -> None:
         twin.commit()
 
 
+def test_a_relabelled_frame_differs_in_its_sender_alone() -> None:
+    """Worker and incarnation change; everything else, the payload included, stays."""
+    data = _frame(get("e3m0"))
+    header, values = decode_frame(frames.relabel(data, worker=5, incarnation=9))
+    assert header == replace(unpack(data)[0], worker=5, incarnation=9)
+    assert torch.equal(values, decode_frame(data)[1])
+    for wrong in (data + b"\0", data[:-1], data[:20]):
+        with pytest.raises(CorruptDataError):
+            frames.relabel(wrong, worker=5, incarnation=9)
+
+
 def test_grouped_values_need_the_receivers_groups() -> None:
     """The sizes of groups are not in the frame: without them it is refused, with them it decodes."""
     codec = get("stat", bits=2, spans=(4, 5))

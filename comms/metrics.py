@@ -1,0 +1,231 @@
+"""Prometheus metrics of a run: what the coordinator knows of all, and what one worker knows of itself.
+
+Both are read from the status at the moment of a scrape; nothing is counted here. The coordinator's view of its
+workers is `diloco_member_*`, a worker's own is `diloco_worker_*`, so that a sum over either counts each byte
+once. Values that nobody knows yet have no sample. Each server has its own registry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from diloco.errors import ConfigError, EnvironmentProblem
+from diloco.readout import data_parallel_bytes, number, utilisation, whole
+
+PHASES = ("gathering", "seeding", "running", "complete")
+STATES = ("joining", "syncing", "active", "suspect", "dead", "gone")
+
+Row = Mapping[str, Any]
+Sample = tuple[Sequence[str], object]
+
+
+class CoordinatorCollector(Collector):
+    """Metrics from the coordinator's `status()`, which is called once per scrape, from the server's thread."""
+
+    def __init__(self, status: Callable[[], Row]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        yield from _run(status)
+        yield from _members(status)
+
+
+class WorkerCollector(Collector):
+    """Metrics from a worker's `progress()`: a heartbeat's fields and `worker`, called once per scrape."""
+
+    def __init__(self, progress: Callable[[], Row]) -> None:
+        self._progress = progress
+
+    def collect(self) -> Iterable[Metric]:
+        row = self._progress()
+        yield from _training("diloco_worker", [(str(row.get("worker") or ""), row)])
+        commits = row.get("commits")
+        yield _counter("diloco_worker_commits", "Commits this worker has merged.", [], [((), commits)])
+
+
+def serve(address: str | None, collector: Collector) -> tuple[tuple[str, int], Callable[[], None]]:
+    """Serve `collector` over HTTP; returns the address in use and a function that stops the server.
+
+    `address` is "HOST:PORT" (port 0: a free one); None means a free port of the loopback interface. Raises
+    ConfigError for something that is no address, EnvironmentProblem if it cannot be listened on.
+    """
+    host, port = _host_port(address) if address else ("127.0.0.1", 0)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    ProcessCollector(registry=registry)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"metrics: cannot listen on {host}:{port}: {error.strerror or error}; free that port, or choose "
+            "another with --metrics HOST:PORT (port 0 takes any free one)"
+        ) from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return (host, server.server_port), stop
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"metrics: {address!r} is no address: write HOST:PORT, for example 127.0.0.1:9400")
+    return host, int(port)
+
+
+def _run(status: Row) -> Iterable[Metric]:
+    members, fragments = status["members"], status["fragments"]
+    yield _gauge(
+        "diloco_run_info", "Always 1; names the run.", ["run_id"], [((str(status["run_id"]),), 1)]
+    )
+    yield _gauge(
+        "diloco_run_phase", "1 for the phase the run is in.", ["state"],
+        [((phase,), int(phase == status["phase"])) for phase in PHASES],
+    )  # fmt: skip
+    yield _gauge("diloco_run_elapsed_seconds", "Time since the start.", [], [((), status["seconds"])])
+    yield _gauge(
+        "diloco_run_epoch", "Lives of the coordinator in this run.", [], [((), status["epoch"])]
+    )
+    yield _gauge(
+        "diloco_run_inner_step", "Furthest inner step of any worker.", [], [((), status["inner_step"])]
+    )
+    yield _gauge(
+        "diloco_run_target_inner_steps", "Inner steps at which the run is complete.", [],
+        [((), status["inner_steps_total"])],
+    )  # fmt: skip
+    yield _counter(
+        "diloco_accepted_tokens", "Tokens behind the contributions in commits.", [], [((), status["tokens"])]
+    )
+    # Commits of a fragment are its version: their sum is the number of outer steps.
+    yield _counter(
+        "diloco_commits", "Committed rounds (outer steps).", ["fragment"],
+        [((str(f["index"]),), f["version"]) for f in fragments],
+    )  # fmt: skip
+    yield _counter(
+        "diloco_aborted_rounds", "Rounds that ended without a quorum.", [], [((), status["aborted"])]
+    )
+    yield _gauge(
+        "diloco_fragment_parameters", "Parameters of the fragment.", ["fragment"],
+        [((str(f["index"]),), f["numel"]) for f in fragments],
+    )  # fmt: skip
+    yield _counter(
+        "diloco_rejections", "Contributions and joins refused.", ["reason"],
+        [((str(reason),), count) for reason, count in sorted(status["rejections"].items())],
+    )  # fmt: skip
+    parameters = sum(whole(f["numel"]) for f in fragments)
+    baseline = data_parallel_bytes(parameters, [whole(m["step"]) for m in members])
+    yield _counter(
+        "diloco_data_parallel_bytes", "What a bf16 ring all-reduce at every step would have sent.", [],
+        [((), baseline)],
+    )  # fmt: skip
+
+
+def _members(status: Row) -> Iterable[Metric]:
+    named = [(str(m["id"]), m) for m in status["members"]]
+    counts = Counter(m["state"] for _, m in named)
+    yield _gauge(
+        "diloco_members", "Workers by state.", ["state"], [((state,), counts[state]) for state in STATES]
+    )
+    yield _gauge(
+        "diloco_member_state", "1 for the state the worker is in.", ["worker", "state"],
+        [((name, state), int(state == m["state"])) for name, m in named for state in STATES],
+    )  # fmt: skip
+    yield _gauge(
+        "diloco_member_incarnation", "Lives of the worker in this run.", ["worker"],
+        [((name,), m["incarnation"]) for name, m in named],
+    )  # fmt: skip
+    yield _gauge(
+        "diloco_member_heartbeat_age_seconds", "Time since the worker was last heard, while it is live.",
+        ["worker"], [((name,), m["heartbeat_age_s"]) for name, m in named if m["live"]],
+    )  # fmt: skip
+    newest = {f["index"]: f["version"] for f in status["fragments"]}
+    behind = [
+        ((name, str(index)), max(0, newest[index] - version))
+        for name, m in named
+        if m["live"]
+        for index, version in enumerate(m["versions"])
+        if index in newest
+    ]
+    yield _gauge(
+        "diloco_member_staleness_commits", "Commits of the fragment that a live worker has not merged yet.",
+        ["worker", "fragment"], behind,
+    )  # fmt: skip
+    yield _gauge(
+        "diloco_member_digest_mismatch", "1 if a worker that finished holds other global parameters.", ["worker"],
+        [
+            ((name,), int(m["digest"] != status["global_digest"]))
+            for name, m in named
+            if status["phase"] == "complete" and m["finished"] and m["digest"]
+        ],
+    )  # fmt: skip
+    yield from _training("diloco_member", named)
+
+
+def _training(prefix: str, named: Sequence[tuple[str, Row]]) -> Iterable[Metric]:
+    """What a heartbeat says, per worker."""
+
+    def values(key: str) -> list[Sample]:
+        return [((name,), row.get(key)) for name, row in named]
+
+    label = ["worker"]
+    yield _gauge(f"{prefix}_inner_step", "Inner step.", label, values("step"))
+    yield _counter(f"{prefix}_tokens", "Tokens trained on.", label, values("tokens"))
+    yield _gauge(f"{prefix}_loss_nats_per_byte", "Newest training loss.", label, values("loss"))
+    yield _gauge(f"{prefix}_learning_rate", "Inner learning rate.", label, values("lr"))
+    yield _gauge(f"{prefix}_tokens_per_second", "Recent training speed.", label, values("tokens_per_s"))
+    yield _counter(f"{prefix}_compute_seconds", "Time in inner steps.", label, values("compute_s"))
+    yield _counter(
+        f"{prefix}_exposed_communication_seconds", "Time in which compute waited for communication.",
+        label, values("exposed_s"),
+    )  # fmt: skip
+    yield _counter(
+        f"{prefix}_hidden_communication_seconds", "Communication that ran while the worker computed.",
+        label, values("hidden_s"),
+    )  # fmt: skip
+    yield _gauge(
+        f"{prefix}_compute_utilisation_ratio", "compute / (compute + exposed communication).", label,
+        [((n,), utilisation(number(r.get("compute_s")), number(r.get("exposed_s")))) for n, r in named],
+    )  # fmt: skip
+    yield _counter(
+        f"{prefix}_wire_bytes", "Bytes of updates that crossed the worker's link.", ["worker", "direction"],
+        [((name, way), row.get(f"bytes_{way}")) for name, row in named for way in ("up", "down")],
+    )  # fmt: skip
+    yield _gauge(
+        f"{prefix}_evaluation_loss_nats_per_byte", "Loss on held-out text before and after training.",
+        ["worker", "state"],
+        [((name, when), row.get(f"eval_{when}")) for name, row in named for when in ("start", "end")],
+    )  # fmt: skip
+
+
+def _gauge(name: str, words: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
+    family = GaugeMetricFamily(name, words, labels=labels)
+    for values, value in samples:
+        if (known := _known(value)) is not None:
+            family.add_metric(values, known)
+    return family
+
+
+def _counter(name: str, words: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
+    """`name` without the `_total` that the exposition adds."""
+    family = CounterMetricFamily(name, words, labels=labels)
+    for values, value in samples:
+        if (known := _known(value)) is not None:
+            family.add_metric(values, known)
+    return family
+
+
+def _known(value: object) -> float | None:
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None

@@ -1,0 +1,67 @@
+"""Several optimizers over disjoint parameters as one: Muon for the matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from diloco.errors import ConfigError
+from diloco.optim.state import Closure, ParamGroup, StateDict, evaluate, restore_exactly
+
+
+class Combined(torch.optim.Optimizer):
+    """Steps its `optimizers` in the given order; groups and state are theirs, numbered in that order.
+
+    The state dictionary has torch's format, so it is saved, loaded and scheduled as a single optimizer.
+
+    Raises:
+        ConfigError: no optimizers, or a group added afterwards, since it is not clear whose it would be.
+        ValueError: a parameter that two of them own (from torch).
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        if not optimizers:
+            raise ConfigError("Combined got no optimizers: give at least one")
+        self.optimizers = optimizers
+        self._complete = False
+        super().__init__([group for o in optimizers for group in o.param_groups], {})
+        for o in optimizers:
+            self.state.update(o.state)
+        self._share()
+        self._complete = True
+        # Present only when a member has weights on a sphere, which wrappers must know about.
+        if any(hasattr(o, "reanchor") for o in optimizers):
+            self.reanchor = self._reanchor
+
+    def _share(self) -> None:
+        start = 0
+        for o in self.optimizers:
+            end = start + len(o.param_groups)
+            o.param_groups, o.state = self.param_groups[start:end], self.state
+            start = end
+
+    def _reanchor(self) -> None:
+        for o in self.optimizers:
+            if hasattr(o, "reanchor"):
+                o.reanchor()
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Refused once complete."""
+        if self._complete:
+            raise ConfigError(
+                "Combined takes no further groups: add them to one of its optimizers before combining"
+            )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load copies of the saved state, every tensor in its saved dtype."""
+        super().load_state_dict(state_dict)
+        restore_exactly(self, state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """One step of each optimizer, in order; returns the closure's loss."""
+        loss = evaluate(closure)
+        for o in self.optimizers:
+            o.step()
+        return loss

@@ -1,0 +1,194 @@
+"""Sorting parameters into groups, and building optimizers from a configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diloco.errors import ConfigError
+from diloco.optim import SNOO, Combined, Muon, NorMuon, build_optimizer, param_groups
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.experts = nn.Parameter(torch.randn(2, width, 4) * 0.1)
+        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        x = x + self.conv((q * k * v).mT).mT
+        out: Tensor = x + (x @ self.experts[0]) @ self.experts[1].mT
+        return out
+
+
+class Net(nn.Module):
+    def __init__(self, tied: bool, width: int = 8) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(width, 11, bias=False)
+        self.wte = nn.Embedding(11, width)
+        self.pos_emb = nn.Parameter(torch.zeros(5, width))
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.pos_emb
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.lm_head(x)
+        return out
+
+
+def net(tied: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(tied)
+
+
+def names(groups: list[dict[str, Any]], kind: str) -> set[str]:
+    return {n for g in groups if g["name"] == kind for n in g["param_names"]}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_in_exactly_one_group(tied: bool) -> None:
+    """Groups partition the trainable parameters, and each placement is explained by name."""
+    model = net(tied)
+    groups = param_groups(model)
+    placed = [id(p) for g in groups for p in g["params"]]
+    assert sorted(placed) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        assert len(group["why"]) == len(group["params"]) == len(group["param_names"])
+
+
+def test_groups_follow_the_use_of_a_parameter() -> None:
+    """Hidden matrices, experts and convolutions; embeddings; the head; and everything below two dimensions."""
+    groups = param_groups(net())
+    assert names(groups, "embed") == {"wte.weight", "pos_emb"}
+    assert names(groups, "head") == {"lm_head.weight"}
+    per_block = {"qkv.weight", "experts", "conv.weight"}
+    assert names(groups, "matrix") == {f"blocks.{i}.{n}" for i in range(2) for n in per_block}
+    assert all(p.ndim < 2 for g in groups if g["name"] == "scalar" for p in g["params"])
+
+
+def test_a_tied_head_belongs_to_embed_once() -> None:
+    """Also when the head is registered before the embedding."""
+    groups = param_groups(net(tied=True))
+    assert not names(groups, "head")
+    assert names(groups, "embed") == {"lm_head.weight", "pos_emb"}
+    why = next(w for g in groups if g["name"] == "embed" for w in g["why"])
+    assert "tied with lm_head.weight" in why
+
+
+def test_rates_and_decay_follow_the_table() -> None:
+    """Only matrices decay, only the embedding lr is multiplied by d_model/d_base."""
+    groups = param_groups(net(), lr=0.01, matrix_lr=0.02, weight_decay=0.3, d_base=4, head_weight_decay=0.1)
+    table = {g["name"]: (g["lr"], g["weight_decay"]) for g in groups}
+    assert table == {"matrix": (0.02, 0.3), "embed": (0.02, 0.0), "head": (0.01, 0.1), "scalar": (0.01, 0.0)}
+
+
+def test_layouts_reach_the_matrix_optimizer() -> None:
+    """Fused, stacked and flattened weights are separate matrix groups with their options."""
+    groups = [g for g in param_groups(net(), blocks={"qkv": 3}) if g["name"] == "matrix"]
+    layout = {g["param_names"][0].split(".")[2]: (g["blocks"], g["stacked"]) for g in groups}
+    assert layout == {"qkv": (3, None), "experts": (1, True), "conv": (1, False)}
+    attention = param_groups(nn.MultiheadAttention(8, 2))
+    assert attention[0]["blocks"] == 3 and attention[0]["param_names"] == ["in_proj_weight"]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    """A parameter that does not require a gradient is in no group."""
+    model = net()
+    model.wte.weight.requires_grad_(False)
+    assert names(param_groups(model), "embed") == {"pos_emb"}
+
+
+def test_an_unusual_head_can_be_named() -> None:
+    """`head` overrides the list of usual names; a name that matches nothing is an error."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    assert names(param_groups(model), "head") == set()
+    assert names(param_groups(model, head="2.weight"), "head") == {"2.weight"}
+    for wrong in ({"head": "3.weight"}, {"blocks": {"qkv": 3}}):
+        with pytest.raises(ConfigError, match="part of no parameter's name"):
+            param_groups(model, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_grouped_is_refused() -> None:
+    """No trainable parameters; a width multiplier without an embedding."""
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        param_groups(nn.ReLU())
+    with pytest.raises(ConfigError, match=r"no nn\.Embedding"):
+        param_groups(nn.Linear(3, 3), d_base=4)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_built_optimizer_trains_every_parameter(kind: str, tied: bool) -> None:
+    """Two steps of the built optimizer move everything, with SNOO around it too."""
+    model = net(tied)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = SNOO(build_optimizer(model, {"kind": kind, "lr": 0.01, "blocks": {"qkv": 3}}), k=2)
+    tokens = torch.arange(5)[None]
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens)[0], tokens[0]).backward()
+        optimizer.step()
+    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+
+
+def test_kinds_choose_their_classes_and_options() -> None:
+    """muon and normuon take the matrices, AdamW the rest; options reach their owner; None means the default."""
+    options = {"kind": "muon", "lr": 0.02, "betas": (0.8, 0.9), "momentum": 0.9, "scale": None}
+    built = build_optimizer(net(), options | {"iteration_dtype": "float32"})
+    assert isinstance(built, Combined)
+    matrix, rest = built.optimizers
+    assert isinstance(matrix, Muon) and isinstance(rest, torch.optim.AdamW)
+    assert {g["momentum"] for g in matrix.param_groups} == {0.9}
+    assert {g["iteration_dtype"] for g in matrix.param_groups} == {"float32"}
+    assert {g["scale"] for g in matrix.param_groups} == {"match_rms"}
+    assert {g["betas"] for g in rest.param_groups} == {(0.8, 0.9)}
+    only = build_optimizer(nn.Linear(3, 3, bias=False), {"kind": "normuon", "variant": "speedrun"})
+    assert isinstance(only, NorMuon)
+    assert isinstance(build_optimizer(net(), {}), torch.optim.AdamW)
+
+
+def test_a_section_or_a_whole_configuration_is_accepted() -> None:
+    """Anything with model_dump(), and a configuration whose `optim` part is the section."""
+    section = SimpleNamespace(model_dump=lambda: {"kind": "adamw", "lr": 0.5})
+    whole = SimpleNamespace(model_dump=lambda: {"optim": {"lr": 0.5}, "run": {"seed": 1}})
+    for config in (section, whole):
+        assert build_optimizer(net(), config).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "mouon"}, "did you mean 'muon'"),
+        ({"momentun": 0.9}, "did you mean 'momentum'"),
+        ({"kind": "muon", "iteration_dtype": "bfloat"}, "did you mean 'bfloat16'"),
+    ],
+)
+def test_wrong_keys_are_refused(options: dict[str, Any], message: str) -> None:
+    """Each error suggests the nearest valid name."""
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(net(), options)
+
+
+def test_matrix_kinds_need_a_matrix() -> None:
+    """A model of vectors alone is told to use AdamW."""
+    with pytest.raises(ConfigError, match="use 'adamw'"):
+        build_optimizer(nn.LayerNorm(4), {"kind": "muon"})
+
+
+def test_combined_takes_no_groups_later() -> None:
+    """It would not be clear whose they are; and it needs at least one member."""
+    built = build_optimizer(net(), {"kind": "muon"})
+    with pytest.raises(ConfigError, match="before combining"):
+        built.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+    with pytest.raises(ConfigError, match="at least one"):
+        Combined()
