@@ -103,6 +103,7 @@ class GrpcConnection:
 
     async def _start(self) -> None:
         self._main = asyncio.create_task(self._run())
+        self._main.add_done_callback(_report)
 
     async def _run(self) -> None:
         failures = 0
@@ -243,6 +244,12 @@ class GrpcConnection:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._transfers.close()
+
+
+def _report(main: asyncio.Task[None]) -> None:
+    """A connection that dies of a defect must not look like a quiet network."""
+    if not main.cancelled() and (error := main.exception()) is not None:
+        log.error("the connection to the coordinator has ended", exc_info=error)
 
 
 async def _write(outgoing: asyncio.Queue[bytes], call: aio.StreamStreamCall[bytes, bytes]) -> None:

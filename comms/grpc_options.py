@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 
-# With fork support on, a fork (a DataLoader worker) of a process with open channels crashes. Read at import.
+# With fork support on, a fork (a DataLoader worker) of a process with open channels crashes. Both are read at import.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# The core writes to stderr about every peer that goes away; what matters reaches us as exceptions.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from grpc import aio

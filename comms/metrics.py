@@ -7,7 +7,6 @@ once. Values that nobody knows yet have no sample. Each server has its own regis
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -87,17 +86,13 @@ def _host_port(address: str) -> tuple[str, int]:
 
 def _run(status: Row) -> Iterable[Metric]:
     members, fragments = status["members"], status["fragments"]
-    yield _gauge(
-        "diloco_run_info", "Always 1; names the run.", ["run_id"], [((str(status["run_id"]),), 1)]
-    )
+    yield _gauge("diloco_run_info", "Always 1; names the run.", ["run_id"], [((str(status["run_id"]),), 1)])
     yield _gauge(
         "diloco_run_phase", "1 for the phase the run is in.", ["state"],
         [((phase,), int(phase == status["phase"])) for phase in PHASES],
     )  # fmt: skip
     yield _gauge("diloco_run_elapsed_seconds", "Time since the start.", [], [((), status["seconds"])])
-    yield _gauge(
-        "diloco_run_epoch", "Lives of the coordinator in this run.", [], [((), status["epoch"])]
-    )
+    yield _gauge("diloco_run_epoch", "Lives of the coordinator in this run.", [], [((), status["epoch"])])
     yield _gauge(
         "diloco_run_inner_step", "Furthest inner step of any worker.", [], [((), status["inner_step"])]
     )
@@ -212,7 +207,7 @@ def _training(prefix: str, named: Sequence[tuple[str, Row]]) -> Iterable[Metric]
 def _gauge(name: str, words: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
     family = GaugeMetricFamily(name, words, labels=labels)
     for values, value in samples:
-        if (known := _known(value)) is not None:
+        if (known := number(value)) is not None:
             family.add_metric(values, known)
     return family
 
@@ -221,11 +216,6 @@ def _counter(name: str, words: str, labels: Sequence[str], samples: Iterable[Sam
     """`name` without the `_total` that the exposition adds."""
     family = CounterMetricFamily(name, words, labels=labels)
     for values, value in samples:
-        if (known := _known(value)) is not None:
+        if (known := number(value)) is not None:
             family.add_metric(values, known)
     return family
-
-
-def _known(value: object) -> float | None:
-    found = number(value)
-    return found if found is not None and math.isfinite(found) else None

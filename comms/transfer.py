@@ -13,6 +13,8 @@ from diloco.comms.chunks import MAX_CHUNK_BYTES, Chunk, crc32c
 from diloco.comms.messages import Buffer
 from diloco.errors import CorruptDataError, TransportError
 
+MAX_AHEAD = 4096  # chunks beyond a gap: bounds what a peer can make us look through
+
 
 class TooLargeError(CorruptDataError):
     """The object is larger than we are willing to hold."""
@@ -48,9 +50,10 @@ def cut(frame: Buffer, offset: int, end: int, chunk_bytes: int) -> Iterator[Chun
 
 
 class Receiving:
-    """An object on its way in. Checks the length before it allocates, and every byte before it hands it out.
+    """An object on its way in. Its length is checked first, every byte before it is handed out.
 
-    `limit` is the largest length allowed, in bytes. Raises TooLargeError.
+    Memory grows with what has arrived, not with what was announced. `limit` is the largest length allowed, in
+    bytes. Raises TooLargeError.
     """
 
     def __init__(self, ref: Ref, limit: int) -> None:
@@ -60,11 +63,15 @@ class Receiving:
                 "check that both sides have the same model and codec, or raise max_object_bytes"
             )
         self.ref = ref
-        self.offset = 0
         self.generation = 0
-        self._buffer = bytearray(ref.length)
-        self._ahead: dict[int, int] = {}  # start -> end of chunks beyond a gap
+        self._buffer = bytearray()
+        self._ahead: dict[int, bytes] = {}  # chunks beyond a gap, by offset
         self._crc = 0
+
+    @property
+    def offset(self) -> int:
+        """Everything before it has arrived."""
+        return len(self._buffer)
 
     def begin(self, generation: int) -> int:
         """Start an attempt; chunks of earlier generations are refused from here on. Returns where to continue."""
@@ -91,21 +98,19 @@ class Receiving:
             raise CorruptDataError(
                 f"object {self.ref.key!r}: chunk [{start}, {end}) is beyond its {self.ref.length} bytes"
             )
-        if start < self.offset or any(start < e and s < end for s, e in self._ahead.items()):
+        if start < self.offset or any(start < s + len(d) and s < end for s, d in self._ahead.items()):
             raise OutOfPlaceError(f"object {self.ref.key!r}: chunk [{start}, {end}) is already there")
+        if len(self._ahead) >= MAX_AHEAD and start != self.offset:
+            raise OutOfPlaceError(
+                f"object {self.ref.key!r}: {MAX_AHEAD} chunks are beyond the gap at {self.offset}"
+            )
         data = bytes(chunk.data)
         if crc32c(data) != chunk.crc32c:
             raise CorruptDataError(f"object {self.ref.key!r}: CRC32C of chunk [{start}, {end}) is wrong")
-        self._buffer[start:end] = data
-        if start != self.offset:
-            self._ahead[start] = end
-            return
-        self._crc = crc32c(data, self._crc)
-        self.offset = end
-        while (next_end := self._ahead.pop(self.offset, None)) is not None:
-            with memoryview(self._buffer) as view:
-                self._crc = crc32c(view[self.offset : next_end], self._crc)
-            self.offset = next_end
+        self._ahead[start] = data
+        while (following := self._ahead.pop(self.offset, None)) is not None:
+            self._crc = crc32c(following, self._crc)
+            self._buffer += following
 
     def finish(self, generation: int) -> bytearray:
         """The whole object, checked.
@@ -119,7 +124,7 @@ class Receiving:
                 f"object {self.ref.key!r}: {self.offset} of {self.ref.length} bytes have arrived"
             )
         if self._crc != self.ref.crc32c:
-            self.offset = self._crc = 0
+            self._buffer, self._crc = bytearray(), 0
             raise CorruptDataError(f"object {self.ref.key!r}: CRC32C of the whole is wrong")
         return self._buffer
 

@@ -20,9 +20,9 @@ from diloco.readout import (
     number,
     percent_text,
     printable,
-    ratio_text,
     total,
     utilisation,
+    versus_text,
     whole,
 )
 
@@ -34,7 +34,7 @@ STYLES = {
 
 
 def render(status: Mapping[str, Any]) -> RenderableType:
-    """A run's status: title and progress, one row per worker, traffic and rejections. Needs 80 columns."""
+    """A run's status: title and progress, one row per worker, traffic and rejections. Made for 100 columns."""
     parts: list[RenderableType] = [_title(status), _progress(status), Text()]
     parts.append(_workers(status) if status["members"] else Text("No worker has joined yet.", style="dim"))
     parts.append(_traffic(status))
@@ -46,7 +46,11 @@ def render(status: Mapping[str, Any]) -> RenderableType:
 
 def eta_s(status: Mapping[str, Any]) -> float | None:
     """Seconds to the last inner step at the mean speed so far; None before the first step and after the last."""
-    step, steps, seconds = whole(status["inner_step"]), whole(status["inner_steps_total"]), number(status["seconds"])
+    step, steps, seconds = (
+        whole(status["inner_step"]),
+        whole(status["inner_steps_total"]),
+        number(status["seconds"]),
+    )
     if step <= 0 or step >= steps or not seconds or status["phase"] == "complete":
         return None
     return seconds * (steps - step) / step
@@ -78,9 +82,9 @@ def _progress(status: Mapping[str, Any]) -> Table:
 
 def _workers(status: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("worker", max_width=20, no_wrap=True, overflow="ellipsis")
+    table.add_column("worker", max_width=24)  # the one that may shrink: figures cut short would mislead
     table.add_column("state", no_wrap=True)
-    for head in ("step", "loss", "tokens/s", "utilisation", "up", "down", "heard"):
+    for head in ("step", "loss", "tokens/s", "util.", "up", "down", "heard"):
         table.add_column(head, justify="right", no_wrap=True)
     for m in status["members"]:
         state = "finished" if m["finished"] else printable(m["state"])
@@ -93,10 +97,13 @@ def _workers(status: Mapping[str, Any]) -> Table:
             percent_text(utilisation(number(m["compute_s"]), number(m["exposed_s"]))),
             bytes_text(m["bytes_up"]),
             bytes_text(m["bytes_down"]),
-            age if age == UNKNOWN else f"{age} ago",
+            age,
         )
         table.add_row(
-            Text(printable(m["id"])), Text(state, style=STYLES.get(state, "")), *map(Text, cells), style=style
+            Text(printable(m["id"]), no_wrap=True, overflow="ellipsis"),
+            Text(state, style=STYLES.get(state, "")),
+            *map(Text, cells),
+            style=style,
         )
     return table
 
@@ -110,5 +117,6 @@ def _traffic(status: Mapping[str, Any]) -> Text:
     if baseline:
         text.append(f" · data parallel would have sent {bytes_text(baseline)}")
     if baseline and sent:
-        text.append(f" · {ratio_text(baseline / sent)} fewer" if baseline > sent else "", style="bold green")
+        text.append(" · ")
+        text.append(versus_text(sent, baseline), style="bold green" if baseline >= sent else "bold yellow")
     return text

@@ -47,11 +47,12 @@ def data_parallel_bytes(parameters: int, steps: Iterable[int]) -> int:
     return sum(counts) * 4 * (members - 1) * parameters // members if members else 0
 
 
-def ratio_text(ratio: float | None) -> str:
-    """``412×``; two significant digits below 10; UNKNOWN for None."""
-    if ratio is None or not math.isfinite(ratio):
+def versus_text(sent: float, baseline: float) -> str:
+    """How `sent` compares with `baseline`: ``412× fewer``, ``1.5× more``; UNKNOWN if either is 0."""
+    if sent <= 0 or baseline <= 0:
         return UNKNOWN
-    return f"{ratio:,.0f}×" if ratio >= 9.95 else f"{ratio:.2g}×"
+    ratio, word = (baseline / sent, "fewer") if baseline >= sent else (sent / baseline, "more")
+    return f"{ratio:,.0f}× {word}" if ratio >= 9.95 else f"{ratio:.1f}× {word}"
 
 
 def bytes_text(value: object) -> str:
@@ -59,7 +60,9 @@ def bytes_text(value: object) -> str:
     found = number(value)
     if found is None:
         return UNKNOWN
-    return f"{found:.0f} B" if abs(found) < 999.5 else _scaled(found, ("kB", "MB", "GB", "TB", "PB", "EB"), " ")
+    return (
+        f"{found:.0f} B" if abs(found) < 999.5 else _scaled(found, ("kB", "MB", "GB", "TB", "PB", "EB"), " ")
+    )
 
 
 def count_text(value: object) -> str:
@@ -71,11 +74,10 @@ def count_text(value: object) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...], gap: str) -> str:
-    unit = ""
-    for unit in units:
-        value /= 1000.0
-        if abs(value) < 999.5:
-            break
+    power = 1
+    while power < len(units) and abs(value) / 1000.0**power >= 999.5:
+        power += 1
+    value, unit = value / 1000.0**power, units[power - 1]
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f}{gap}{unit}"
 

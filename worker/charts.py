@@ -9,7 +9,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from diloco.readout import bytes_text, count_text, duration_text, percent_text, ratio_text, utilisation
+from diloco.readout import bytes_text, count_text, duration_text, percent_text, utilisation, versus_text
 from diloco.worker.series import Point, Track
 
 COLOURS = 8  # workers beyond share colours
@@ -64,7 +64,9 @@ def loss_curves(curves: Sequence[Track], start: float | None, end: float | None)
         )
     out.append(f'<line class="axis" x1="{left}" x2="{WIDTH - right}" y1="{floor}" y2="{floor}"/>')
     middle = left + (WIDTH - left - right) / 2
-    out.append(f'<text class="title" x="{middle}" y="{height - 6}" text-anchor="middle">tokens, per worker</text>')
+    out.append(
+        f'<text class="title" x="{middle}" y="{height - 6}" text-anchor="middle">tokens, per worker</text>'
+    )
     out.append(
         f'<text class="title" transform="translate(15,{(top + floor) / 2}) rotate(-90)" text-anchor="middle">'
         "loss, nats/byte</text>"
@@ -106,15 +108,27 @@ def traffic(baseline: int, up: int, down: int) -> str:
         if position == 1:
             note += f" = {bytes_text(up)} up + {bytes_text(down)} down"
             if sent and baseline:
-                note += f" · {ratio_text(baseline / sent)} fewer"
-        out.append(f'<text class="value" x="{left + a + b + 10:.1f}" y="{y + bar / 2 + 5}">{note}</text>')
+                note += f" · {versus_text(sent, baseline)}"
+        # Beside a short bar, inside a long one: the text must not leave the drawing.
+        kind, x, anchor = ("value", left + a + b + 10, "start")
+        if x + 8 * len(note) > WIDTH:
+            kind, x, anchor = ("inside", left + a + b - 10, "end")
+        out.append(
+            f'<text class="{kind}" x="{x:.1f}" y="{y + bar / 2 + 5}" text-anchor="{anchor}">{note}</text>'
+        )
     floor = 6 + 2 * (bar + gap) - 6
     out.append(f'<line class="axis" x1="{left}" x2="{left + span}" y1="{floor}" y2="{floor}"/>')
     for v in ticks(0.0, float(most), 4):
         x = left + span * v / most
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>')
-        out.append(f'<text class="label" x="{x:.1f}" y="{floor + 20}" text-anchor="middle">{_tick_bytes(v)}</text>')
-    keys = [("baseline", "data parallel, sent"), ("up", "workers to coordinator"), ("down", "back to workers")]
+        out.append(
+            f'<text class="label" x="{x:.1f}" y="{floor + 20}" text-anchor="middle">{_tick_bytes(v)}</text>'
+        )
+    keys = [
+        ("baseline", "data parallel, sent"),
+        ("up", "workers to coordinator"),
+        ("down", "back to workers"),
+    ]
     return _legend(keys) + _svg(floor + 30, out, "Bytes sent by this run and by data parallel training")
 
 
@@ -126,7 +140,8 @@ def time_split(curves: Sequence[Track], seconds: float) -> str:
     left, right, bar, gap = 150, 120, 24, 26
     span = WIDTH - left - right
     split = [
-        (t.worker, t.sum("compute_s") or 0.0, t.sum("exposed_s") or 0.0, t.sum("hidden_s") or 0.0) for t in curves
+        (t.worker, t.sum("compute_s") or 0.0, t.sum("exposed_s") or 0.0, t.sum("hidden_s") or 0.0)
+        for t in curves
     ]
     most = max([seconds, *(c + e for _, c, e, _ in split)], default=0.0)
     if not split or most <= 0:

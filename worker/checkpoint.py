@@ -29,7 +29,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[s
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         # Clones: tied or overlapping tensors share memory, which the format refuses.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial / "tensors.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            partial / "tensors.safetensors",
+        )
         manifest = {"step": step, "sha256": _sha256(partial / "tensors.safetensors"), "meta": dict(meta)}
         (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for name in ("tensors.safetensors", "manifest.json"):
@@ -43,7 +46,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[s
         _fsync(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(f"cannot write a checkpoint to {str(folder)!r}: {error.strerror}; free space there") from None
+        raise StorageError(
+            f"cannot write a checkpoint to {str(folder)!r}: {error.strerror}; free space there"
+        ) from None
     for old in folder.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -89,7 +94,9 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) 
         state.setdefault(int(index), {})[key] = tensor
     for index, entries in meta["numbers"].items():
         state.setdefault(int(index), {}).update(entries)
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in meta["param_groups"]]
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in meta["param_groups"]
+    ]
     return {"state": state, "param_groups": groups}
 
 

@@ -25,7 +25,7 @@ from diloco.worker.data import Corpus, load_corpus
 from diloco.worker.evaluate import evaluate
 from diloco.worker.model import build_from_factory, build_model, next_token_loss
 from diloco.worker.sampler import Sampler, take
-from diloco.worker.session import DiLoCo
+from diloco.worker.session import DiLoCo, Interrupted
 
 PATIENCE = 20  # consecutive steps with a non-finite loss or gradient before giving up
 
@@ -95,16 +95,25 @@ class Trainer:
             tokens=config.train.batch_size * config.train.grad_accum * config.model.sequence_length,
             join=False,
             on_wait=say,
+            stop=stop,
         )
         self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     # ---- the run ----
 
     def run(self) -> float | None:
+        try:
+            return self._run()
+        except Interrupted:
+            return self._interrupted()
+
+    def _run(self) -> float | None:
         resumed = self._load()
         self.optimizer.join()
         say_from = "resumed" if resumed else "started"
-        self.say(f"{say_from} at inner step {self.optimizer.inner_step} as member {self.optimizer.replica.index}")
+        self.say(
+            f"{say_from} at inner step {self.optimizer.inner_step} as member {self.optimizer.replica.index}"
+        )
         self.sampler = Sampler.for_worker(
             len(self.corpus.train),
             self.config.model.sequence_length,
@@ -122,7 +131,9 @@ class Trainer:
                     return self._interrupted()
                 loss = self._step()
                 step = self.optimizer.inner_step
-                log.write(json.dumps({"step": step, "loss": _finite(loss), "t": round(time.time(), 3)}) + "\n")
+                log.write(
+                    json.dumps({"step": step, "loss": _finite(loss), "t": round(time.time(), 3)}) + "\n"
+                )
                 if every.eval_every and step % every.eval_every == 0 and step < total:
                     with self.optimizer.global_parameters():
                         log.write(json.dumps({"step": step, "eval": self.evaluate()}) + "\n")
@@ -136,7 +147,8 @@ class Trainer:
         return final
 
     def _interrupted(self) -> None:
-        self.save()
+        if self.optimizer.replica.joined:
+            self.save()
         self.optimizer.report()
         self.optimizer.close("interrupted")
 

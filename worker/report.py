@@ -5,6 +5,7 @@ Both follow from the coordinator's status at the end and from the heartbeats tha
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -23,9 +24,9 @@ from diloco.readout import (
     loss_text,
     number,
     percent_text,
-    ratio_text,
     total,
     utilisation,
+    versus_text,
     whole,
 )
 from diloco.worker import charts
@@ -125,27 +126,37 @@ def render_html(
 
 
 def digests_equal(report: Mapping[str, Any]) -> bool | None:
-    """Whether every worker that stayed to the end holds the global parameters; None if there is nothing to compare."""
+    """Whether every worker that stayed to the end holds the global parameters; None if one has not said."""
     digests = [w["digest"] for w in report["workers"] if w["live"]]
-    if not digests or not report["global_digest"]:
-        return None
-    return all(d == report["global_digest"] for d in digests)
+    if not report["global_digest"] or any(d and d != report["global_digest"] for d in digests):
+        return False if report["global_digest"] else None
+    return True if digests and all(digests) else None
 
 
 def _cards(report: Mapping[str, Any], sent: int) -> str:
     baseline, equal = report["bytes_data_parallel"], digests_equal(report)
-    fewer = f"{ratio_text(baseline / sent)} fewer" if sent and baseline else UNKNOWN
-    aims = {True: ("yes", "good"), False: ("no", "bad"), None: (UNKNOWN, "")}[equal]
+    answer, colour = {True: ("yes", "good"), False: ("no", "bad"), None: (UNKNOWN, "")}[equal]
+    start, taken = loss_text(report["eval_loss_start"]), duration_text(report["train_seconds"])
+    waited = duration_text(report["exposed_comm_seconds"])
+    traffic = f"{bytes_text(sent)} up and down; data parallel {bytes_text(baseline)}"
     cards = [
-        ("Final loss", loss_text(report["eval_loss_end"]), "nats/byte, held-out text, "
-         f"from {loss_text(report['eval_loss_start'])}", ""),
-        ("Bytes on the wire", fewer, f"{bytes_text(sent)} up and down; data parallel {bytes_text(baseline)}", "accent"),
-        ("Compute utilisation", percent_text(report["compute_utilisation"]),
-         f"{duration_text(report['exposed_comm_seconds'])} spent waiting for the network", ""),
-        ("Tokens", count_text(report["tokens"]), f"in {duration_text(report['train_seconds'])}", ""),
+        ("Final loss", loss_text(report["eval_loss_end"]), f"nats/byte, held-out text, from {start}", ""),
+        (
+            "Bytes on the wire",
+            versus_text(sent, baseline),
+            traffic,
+            "bad" if sent > baseline > 0 else "accent",
+        ),
+        (
+            "Compute utilisation",
+            percent_text(report["compute_utilisation"]),
+            f"{waited} spent waiting for the network",
+            "",
+        ),
+        ("Tokens", count_text(report["tokens"]), f"in {taken}", ""),
         ("Commits", f"{report['commits']:,}", f"over {len(report['versions'])} fragments", ""),
-        ("Replicas identical", aims[0], "digests of all workers and the coordinator", aims[1]),
-    ]  # fmt: skip
+        ("Replicas identical", answer, "digests of all workers and the coordinator", colour),
+    ]
     return "\n".join(
         f'<div class="card {kind}"><h3>{html.escape(label)}</h3><p class="figure">{html.escape(figure)}</p>'
         f"<p>{html.escape(note)}</p></div>"
@@ -233,7 +244,8 @@ def _write(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise StorageError(
             f"report: cannot write {path}: {error}; free space there or make the directory writable"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Track:
         values = [v for row in self.rows if (v := number(row.get(key))) is not None]
         if not values:
             return None
-        ended = [a for a, b in zip(values, values[1:], strict=False) if b < a]
+        ended = [a for a, b in pairwise(values) if b < a]
         return sum(ended) + values[-1]
 
 
@@ -58,7 +59,7 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     """`points` as at most `most` means of equally many neighbours each."""
     count = min(most, len(points))
     bounds = [i * len(points) // count for i in range(count + 1)] if count else []
-    groups = [points[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [points[a:b] for a, b in pairwise(bounds)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 

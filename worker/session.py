@@ -31,6 +31,10 @@ FAREWELL_S = 10.0  # how long to wait for the coordinator's goodbye
 POLL_S = 0.5
 
 
+class Interrupted(Exception):
+    """The wait for the coordinator was broken off by the `stop` event; nothing is lost."""
+
+
 class ModelParameters:
     """The trainable tensors of a model, each once, as the fragments of a plan."""
 
@@ -85,6 +89,7 @@ class DiLoCo(torch.optim.Optimizer):
     for the starting values.** `config` defaults to what the coordinator says.
 
     `tokens` (per step, or given to each `step`) weighs contributions under ``weights.mode = "tokens"``.
+    Setting `stop` breaks off a wait for the coordinator with `Interrupted`.
     Raises RefusedError (other model, settings or run), ConfigError, TransportError.
     """
 
@@ -99,6 +104,7 @@ class DiLoCo(torch.optim.Optimizer):
         tokens: int = 0,
         join: bool = True,
         on_wait: Callable[[str], None] | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
@@ -109,6 +115,7 @@ class DiLoCo(torch.optim.Optimizer):
         self.tokens_total = 0
         self.clock = Clock()
         self._connection, self._on_wait = connection, on_wait
+        self._stop = stop or threading.Event()
         self._changed = threading.Condition()
         self._jobs = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="diloco-codec")
@@ -175,6 +182,10 @@ class DiLoCo(torch.optim.Optimizer):
                 self._merge_when_due()
         self.clock.exposed += time.monotonic() - begun
 
+    def facts(self) -> dict[str, Any]:
+        """What this worker last reported about itself, by name."""
+        return {"id": self.replica.worker, **dataclasses.asdict(self.replica.progress)}
+
     def report(self, **facts: Any) -> None:
         """Put facts (fields of `Progress`: loss, lr, ...) into the next heartbeats."""
         up, down = self._connection.traffic()
@@ -216,7 +227,9 @@ class DiLoCo(torch.optim.Optimizer):
     @contextmanager
     def global_parameters(self) -> Iterator[None]:
         """The model holds the global value inside this block (for evaluation), and the local one again after it."""
-        anchors = self._settled(lambda: [s.shard.params.clone() for s in self.replica.slots if s.shard is not None])
+        anchors = self._settled(
+            lambda: [s.shard.params.clone() for s in self.replica.slots if s.shard is not None]
+        )
         local = [self.parameters.read(f.index) for f in self.parameters.plan.fragments]
         try:
             for index, values in enumerate(anchors):
@@ -261,6 +274,8 @@ class DiLoCo(torch.optim.Optimizer):
         """With the lock held: wait for what is due now, then write it into the parameters."""
         waited = time.monotonic()
         while self.replica.blocked and self._error is None:
+            if self._stop.is_set():
+                raise Interrupted
             self._changed.wait(POLL_S)
             if self._on_wait is not None and time.monotonic() - waited > 5.0:
                 waited = time.monotonic()
@@ -330,6 +345,7 @@ def _configuration(config: RunConfig | Mapping[str, Any] | None, connection: Con
     if config is None:
         config = connection.settings()
         if config is None:
-            raise TransportError("the coordinator does not answer, and no config was given: pass config=, or start it")
+            raise TransportError(
+                "the coordinator does not answer, and no config was given: pass config=, or start it"
+            )
     return RunConfig.from_dict(config)
-

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from diloco.comms import diloco_v1_pb2 as pb
-from diloco.comms import diloco_v1_pb2_grpc as services
+from diloco.comms import diloco_v1_pb2_grpc
 from diloco.comms.chunks import crc32c
 from diloco.comms.connect import connect
 from diloco.comms.convert import worker_to_proto
@@ -43,6 +43,7 @@ from diloco.errors import ConfigError, EnvironmentProblem
 WAIT_S = 15.0
 MIB = 1 << 20
 M = TypeVar("M")
+services: Any = diloco_v1_pb2_grpc  # generated without types
 
 
 class Side:
@@ -120,6 +121,8 @@ def test_leave_gets_out_before_a_close_and_the_server_then_sees_the_worker_lost(
     connection = dial(closing, side.address)
     join(connection)
     side.message(Join)
+    for fragment in range(2000):
+        connection.send(Fetch("ada", 1, fragment))
     leave = Leave("ada", 1, "complete", Progress(step=9), "abcd")
     connection.send(leave)
     connection.close()
@@ -216,6 +219,29 @@ def test_a_contribution_sent_while_offline_arrives_once_the_server_is_there(clos
     side = serve(closing, f"127.0.0.1:{port}")
     join(connection)
     assert side.message(Contribution).frame == b"frame"
+
+
+def test_what_is_sent_before_the_join_of_a_session_is_dropped(closing: ExitStack) -> None:
+    """A message meant for the session before must not open the new one."""
+    side = serve(closing)
+    connection = dial(closing, side.address)
+    assert connection.receive(WAIT_S) == Connected(COORDINATOR)
+    connection.send(Fetch("ada", 1, 0))
+    connection.send(Join("ada", 1, "run", "{}", "{}"))
+    assert side.next() == Connected("ada")
+    side.message(Join)
+    connection.send(Fetch("ada", 1, 1))
+    assert side.next() == Received("ada", Fetch("ada", 1, 1))
+
+
+def test_an_address_that_does_not_answer_is_passed_over(closing: ExitStack) -> None:
+    side = serve(closing)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        connection = connect(f"grpc://127.0.0.1:{silent.getsockname()[1]},{side.address}")
+        closing.callback(connection.close)
+        join(connection)
+        assert side.message(Join).worker == "ada"
 
 
 def test_a_new_session_of_a_worker_replaces_the_old_one_without_a_lost(closing: ExitStack) -> None:
@@ -420,6 +446,20 @@ def test_a_session_that_does_not_begin_with_a_join_is_ended(closing: ExitStack) 
         _, why = refusal(lambda: next(session(iter([request]), timeout=WAIT_S)))
     assert "must be a Join" in why
     assert side.events.empty()
+
+
+def test_an_upload_stream_without_progress_is_ended_by_the_server(closing: ExitStack) -> None:
+    """The stream is open and silent for `stall_s`: DEADLINE_EXCEEDED, and the upload can be begun again."""
+    side = serve(closing, stall_s=0.2)
+    worker = RawWorker(side.address)
+    closing.callback(worker.close)
+    generation = worker.begin(GIFT, ref_of("k", FRAME)).generation
+    chunks: queue.SimpleQueue[pb.UploadChunk | None] = queue.SimpleQueue()
+    chunks.put(pb.UploadChunk(session=worker.token, key="k", generation=generation))
+    code, _ = refusal(lambda: worker.transfer.Upload(iter(chunks.get, None), timeout=WAIT_S))
+    chunks.put(None)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert worker.begin(GIFT, ref_of("k", FRAME)).generation > generation
 
 
 def test_an_oversize_object_is_refused_before_anything_is_allocated(raw: tuple[Side, RawWorker]) -> None:

@@ -12,6 +12,7 @@ from diloco.comms.convert import worker_to_proto
 from diloco.comms.messages import Commit, Contribution, Join, Snapshot
 from diloco.comms.outbox import Outbox
 from diloco.comms.transfer import (
+    MAX_AHEAD,
     FencedError,
     OutOfPlaceError,
     Receiving,
@@ -65,8 +66,9 @@ def test_an_attempt_that_breaks_anywhere_is_continued_at_the_offset(breaks: list
     assert accepted == len(DATA)
 
 
-def test_an_object_over_the_limit_is_refused_before_it_is_allocated() -> None:
-    """2^60 bytes could not be: the error would be MemoryError."""
+def test_an_object_over_the_limit_is_refused_and_one_below_takes_no_memory_before_it_arrives() -> None:
+    """2^60 bytes could not be allocated: the error would be MemoryError."""
+    Receiving(Ref("k", 1 << 60, 0), 1 << 60)
     with pytest.raises(TooLargeError, match="1152921504606846976 bytes, the limit is 1000"):
         Receiving(Ref("k", 1 << 60, 0), 1000)
 
@@ -107,6 +109,19 @@ def test_a_wrong_chunk_is_refused_and_leaves_no_trace(bad: Chunk, why: str) -> N
     assert target.offset == 0
     target.accept(1, chunk(0, 200))
     assert target.finish(1) == DATA
+
+
+def test_chunks_beyond_a_gap_are_limited_in_number_and_the_gap_can_still_be_filled() -> None:
+    data = bytes(2 * MAX_AHEAD + 4)
+    target = Receiving(ref_of("k", data), len(data))
+    target.begin(1)
+    zero = crc32c(b"\0")
+    for i in range(MAX_AHEAD):
+        target.accept(1, Chunk(1 + i, zero, b"\0"))
+    with pytest.raises(OutOfPlaceError, match="4096 chunks are beyond the gap at 0"):
+        target.accept(1, Chunk(2 * MAX_AHEAD, zero, b"\0"))
+    target.accept(1, Chunk(0, zero, b"\0"))
+    assert target.offset == MAX_AHEAD + 1
 
 
 def test_an_object_with_a_gap_is_not_finished() -> None:

@@ -1,0 +1,253 @@
+"""The command line. Exit codes: 0 done, 2 bad usage or configuration, 3 refused, 4 environment, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+# Forked data-loader children of a process with live channels crash otherwise; set before gRPC is imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+from diloco.config import RunConfig, warnings
+from diloco.errors import ConfigError, DilocoError, TransportError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return int(arguments.run(arguments, overrides))
+    except DilocoError as error:
+        print(f"diloco {arguments.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="diloco", description="Train one model across machines that can barely talk to each other."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    coordinator = commands.add_parser("coordinator", help="collect contributions and commit outer updates")
+    coordinator.add_argument("config", metavar="RUN.toml")
+    coordinator.add_argument("--listen", default="127.0.0.1:7700", metavar="HOST:PORT")
+    coordinator.add_argument("--resume", action="store_true", help="continue the run in the journal")
+    coordinator.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
+    coordinator.add_argument("--insecure", action="store_true", help="serve other machines without TLS")
+    coordinator.set_defaults(run=_coordinator)
+
+    worker = commands.add_parser("worker", help="train on local data and contribute")
+    worker.add_argument("config", metavar="RUN.toml")
+    worker.add_argument("--coordinator", required=True, metavar="HOST:PORT[,HOST:PORT]")
+    worker.add_argument("--id", metavar="NAME", help="a lasting name; default: host name and process id")
+    worker.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
+    worker.set_defaults(run=_worker)
+
+    demo = commands.add_parser("demo", help="a coordinator and workers on this machine, real text, a report")
+    demo.add_argument("--workers", type=int, default=2)
+    demo.add_argument("--minutes", type=float, default=3.0, help="about how long to train")
+    demo.add_argument("--fresh", action="store_true", help="start afresh instead of resuming")
+    demo.set_defaults(run=_demo)
+
+    for name, text in (("status", "print a run's state once"), ("top", "watch a run")):
+        view = commands.add_parser(name, help=text)
+        view.add_argument("--coordinator", required=True, metavar="HOST:PORT")
+        view.add_argument("--json", action="store_true")
+        view.set_defaults(run=_status if name == "status" else _top)
+
+    known, rest = parser.parse_known_args(argv)
+    return known, _overrides(parser, rest)
+
+
+def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    """``--stream.H 100`` or ``--stream.H=100`` as ``stream.H=100``."""
+    found, index = [], 0
+    while index < len(rest):
+        key, equals, value = rest[index].partition("=")
+        if not key.startswith("--") or "." not in key:
+            parser.error(f"unrecognized argument: {rest[index]}")
+        if not equals:
+            index += 1
+            if index == len(rest):
+                parser.error(f"{key} needs a value")
+            value = rest[index]
+        found.append(f"{key[2:]}={value}")
+        index += 1
+    return found
+
+
+def _run_dir(config: RunConfig) -> Path:
+    folder = Path("runs") / config.run.run_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run's folder {str(folder)!r}: {error.strerror}") from None
+    return folder
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(INTERRUPTED)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return stop
+
+
+def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.comms.metrics import CoordinatorCollector, serve
+    from diloco.coordinator.service import CoordinatorService
+
+    config = RunConfig.load(arguments.config, overrides)
+    for text in warnings(config):
+        _say(f"warning: {text}")
+    folder = _run_dir(config)
+    stop = _stop_on_signals()
+    service = CoordinatorService(
+        config, folder, listen=arguments.listen, resume=arguments.resume, insecure=arguments.insecure
+    )
+    port = service.start()
+    stop_metrics = None
+    complete = False
+    try:
+        (host, metrics_port), stop_metrics = serve(arguments.metrics, CoordinatorCollector(service.status))
+        how = (
+            f"resumed at epoch {service.machine.epoch}, {service.machine.commits} commits"
+            if service.resumed
+            else "new"
+        )
+        _say(
+            f"run {config.run.run_id} ({how}): listening on port {port}, metrics http://{host}:{metrics_port}/metrics"
+        )
+        while not (complete := service.wait(0.2)) and not stop.is_set():
+            pass
+        if complete:
+            _finish(service, folder)
+    finally:
+        service.close(linger=complete)
+        if stop_metrics is not None:
+            stop_metrics()
+    if complete:
+        return 0
+    _say("stopped; continue with --resume")
+    return INTERRUPTED
+
+
+def _finish(service: Any, folder: Path) -> None:
+    from diloco.worker.report import build_report, write_report
+
+    path = service.export()
+    facts = service.status()
+    series = [
+        json.loads(line) for line in (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    report = build_report(facts, parameters=service.machine.plan.numel)
+    write_report(folder, report, series)
+    _say(f"complete: {report['commits']} commits, final parameters {path}, report {folder / 'report.html'}")
+
+
+def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.comms.connect import connect
+    from diloco.comms.metrics import WorkerCollector, serve
+    from diloco.worker.loop import Trainer
+
+    config = RunConfig.load(arguments.config, overrides)
+    name = arguments.id or f"{os.uname().nodename}-{os.getpid()}"
+    stop = _stop_on_signals()
+    connection = connect(arguments.coordinator)
+    trainer = None
+    try:
+        trainer = Trainer(config, connection, name=name, run_dir=_run_dir(config), stop=stop, say=_say)
+        progress = trainer.optimizer
+        (host, port), stop_metrics = serve(arguments.metrics, WorkerCollector(progress.facts))
+        _say(f"worker {name}: metrics http://{host}:{port}/metrics")
+        try:
+            final = trainer.run()
+        finally:
+            stop_metrics()
+        if final is None:
+            _say("interrupted; the checkpoint lets it continue")
+            return INTERRUPTED
+        _say(
+            f"complete: held-out loss {final:.4f} nats/byte, global digest {trainer.optimizer.digest()[:16]}"
+        )
+        return 0
+    finally:
+        if trainer is not None:
+            trainer.optimizer.close("error")
+        connection.close()
+
+
+def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.demo import run
+
+    return run(
+        workers=arguments.workers, minutes=arguments.minutes, fresh=arguments.fresh, overrides=overrides
+    )
+
+
+def _fetch(arguments: argparse.Namespace) -> dict[str, Any]:
+    from diloco.comms.query import fetch_status
+
+    found = fetch_status(arguments.coordinator)
+    if found is None:
+        raise TransportError(
+            f"no coordinator answers at {arguments.coordinator}: is it running, and is this its --listen address?"
+        )
+    return found
+
+
+def _status(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    facts = _fetch(arguments)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    from rich.console import Console
+
+    from diloco.live import render
+
+    Console().print(render(facts))
+    return 0
+
+
+def _top(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.live import Live
+
+    from diloco.live import render
+
+    stop = _stop_on_signals()
+    with Live(render(_fetch(arguments)), refresh_per_second=2, screen=False) as live:
+        while not stop.wait(1.0):
+            try:
+                facts = _fetch(arguments)
+            except TransportError:
+                continue
+            live.update(render(facts))
+            if facts["phase"] == "complete":
+                return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
