@@ -17,6 +17,7 @@ from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.frame import decode_frame, encode_frame, unpack
 from diloco.comms.messages import Buffer
 from diloco.config import Codec as CodecConfig
+from diloco.errors import CorruptDataError
 from diloco.outer import OuterShard, State
 
 # Modes in which every worker repeats the outer step and so needs the outer optimizer's state.
@@ -140,12 +141,15 @@ def open_commit(
     """Advance a worker's copy by one commit.
 
     Under ``relay`` `frames` must hold every contributor's frame, the worker's own included.
+    CorruptDataError if there is no frame at all, KeyError if one is missing.
     """
     if mode == "relay":
         by_index = dict(frames)
         parts = [Part(index, weight, by_index[index]) for index, weight in weights]
         shard.apply(weighted_mean(parts, shard.params.numel(), codec))
         return
+    if not frames:
+        raise CorruptDataError("a commit without frames: only a snapshot brings its value")
     values = decode_frame(frames[0][1])[1]
     if mode == "mean_q":
         shard.apply(values)

@@ -54,6 +54,7 @@ class Simulation:
     def add(self, name: str, machine: Machine) -> None:
         self.machines[name] = machine
         self._ticks.pop(name, None)
+        self._arm(name)
 
     def remove(self, name: str) -> None:
         """The node is dead: what was addressed to it is lost."""
@@ -128,4 +129,4 @@ class Simulation:
                 del self._ticks[name]
                 self.deliver(name, Tick())
 
-        self.at(max(0.0, deadline - self.now), tick)
+        heapq.heappush(self._queue, (max(self.now, deadline), next(self._order), tick))

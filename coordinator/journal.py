@@ -48,7 +48,11 @@ class Journal:
             raise EnvironmentProblem(
                 f"another coordinator is writing the journal {str(folder)!r}: stop it, or use another run.run_id"
             ) from None
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            self._file = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            os.close(self._lock)
+            raise StorageError(f"cannot open the journal {str(self._path)!r}: {error.strerror}") from None
         self._count = 0
 
     @property
@@ -58,7 +62,8 @@ class Journal:
     def read(self) -> list[Record]:
         """Every record with its blobs; blobs that compaction removed come back empty.
 
-        Cuts a torn last line off the file. Raises StorageError for damage elsewhere.
+        Cuts a torn last line off the file. Raises StorageError for damage elsewhere, and for bulk data that is
+        missing although a restart needs it.
         """
         data = self._path.read_bytes()
         whole = data.rfind(b"\n") + 1
@@ -77,8 +82,20 @@ class Journal:
                 ) from None
             records.append((record, self._read_blobs(record)))
             self._remember(record)
+        self._require_blobs(records)
         self._count = len(records)
         return records
+
+    def _require_blobs(self, records: Sequence[Record]) -> None:
+        """Only what a later snapshot of the same fragment made superfluous may be missing."""
+        newest = {int(r["fragment"]): int(r["version"]) for r, _ in records if r["type"] == "snapshot"}
+        for record, blobs in records:
+            superfluous = record["type"] in ("commit", "snapshot") and int(record["version"]) < newest.get(
+                int(record["fragment"]), 0
+            )
+            if "blobs" in record and not blobs and not superfluous:
+                path = self._blobs / str(record["blobs"]["file"])
+                raise StorageError(f"{path} is missing; restore the journal from a copy")
 
     def append(self, action: Persist) -> None:
         """Make one record durable. StorageError when the disk will not have it; earlier records stay whole."""
@@ -146,10 +163,10 @@ class Journal:
         return list(blobs)
 
     def _remember(self, record: Mapping[str, Any]) -> None:
-        if record["type"] in ("commit", "snapshot", "initial") and "blobs" in record:
-            version = int(record.get("version", 0))
+        # Starting values are never compacted: a restart begins with them, whatever snapshot it then loads.
+        if record["type"] in ("commit", "snapshot") and "blobs" in record:
             kept = self._commits.setdefault(int(record["fragment"]), [])
-            kept.append((version, str(record["blobs"]["file"])))
+            kept.append((int(record["version"]), str(record["blobs"]["file"])))
 
     def _compact(self, fragment: int, version: int) -> None:
         """A snapshot makes older bulk data superfluous; the commit it was taken at stays, to answer resends."""

@@ -34,6 +34,7 @@ class Member:
     # Left out of a committed round: not waited for until it contributes again, so that a hung trainer
     # with a live heartbeat costs the others one grace period, once.
     lagging: bool = False
+    cohort: bool = False  # in its first life, and here since the start
     finished: str = ""
     digest: str = ""
     versions: tuple[int, ...] = ()

@@ -26,6 +26,18 @@ class Answer:
     frame: Buffer = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The newest commit of a fragment, kept to answer resends and latecomers."""
+
+    version: int
+    at: float
+    weights: tuple[tuple[int, float], ...]
+    rounds: tuple[tuple[int, int], ...]
+    digest: str
+    frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+
+
 @dataclass(slots=True)
 class Round:
     """OPEN -> QUORUM -> GRACE -> COMMITTED | ABORTED, for one fragment at one base version."""
@@ -51,6 +63,7 @@ class Round:
             if self.quorum_at is None:
                 self.quorum_at = now
             return Verdict.COMMIT if now >= self.quorum_at + grace_s else Verdict.WAIT
+        self.quorum_at = None  # a member came back, or took its answer back
         return Verdict.ABORT if now >= self.opened + timeout_s else Verdict.WAIT
 
     def deadline(self, grace_s: float, timeout_s: float) -> float:

@@ -5,6 +5,7 @@ No rules of the protocol are decided here; see `state` for those.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diloco.comms.driver import MachineThread
@@ -39,6 +41,7 @@ class CoordinatorService:
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.machine = Coordinator(config)
+        self._done = threading.Event()
         folder = Path(config.topology.journal) if config.topology.journal else run_dir / "journal"
         self.journal = open_journal(folder, resume=resume, fsync=config.topology.fsync)
         try:
@@ -51,7 +54,6 @@ class CoordinatorService:
             self.journal.close()
             raise
         self._begun = time.monotonic()
-        self._done = threading.Event()
         self._thread = MachineThread(self.machine, self._perform, name="coordinator")
         self._server = GrpcServer(self._inbox, self.status, listen=listen, insecure=insecure)
         self._series = (run_dir / "progress.jsonl").open("a", encoding="utf-8")
@@ -110,8 +112,10 @@ class CoordinatorService:
             metadata = {"digest": self.machine.global_digest(), "run_id": self.config.run.run_id}
             save_file(tensors, partial, metadata=metadata)
             partial.replace(target)
-        except OSError as error:
-            raise StorageError(f"cannot write the checkpoint {str(target)!r}: {error.strerror}") from None
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"cannot write the checkpoint {str(target)!r}: {error}; free space there and restart with --resume"
+            ) from None
         return target
 
     def _inbox(self, event: Event) -> None:
@@ -123,8 +127,9 @@ class CoordinatorService:
         facts = {k: _finite(v) for k, v in dataclasses.asdict(message.progress).items()}
         line = {"t": round(time.monotonic() - self._begun, 3), "worker": message.worker, **facts}
         line["commits"] = self.machine.commits
-        self._series.write(json.dumps(line) + "\n")
-        self._series.flush()
+        with contextlib.suppress(OSError):  # a full disk may cost points of a chart, never a worker its session
+            self._series.write(json.dumps(line) + "\n")
+            self._series.flush()
 
     def _perform(self, action: Action) -> None:
         match action:

@@ -6,18 +6,15 @@ each commit durable before anybody hears of it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from diloco import outer
 from diloco.aggregate import weights
 from diloco.comms import codec, downlink, frame
-from diloco.comms.machine import Action, Connected, Event, Lost, Persist, Received, Send, Stop
+from diloco.comms.machine import Action, Event, Persist, Received, Send, Stop
 from diloco.comms.messages import (
-    PROTOCOL,
     Aborted,
     Buffer,
     Commit,
@@ -36,24 +33,15 @@ from diloco.comms.messages import (
     Welcome,
 )
 from diloco.config import RunConfig
+from diloco.coordinator.admission import refusal
 from diloco.coordinator.gates import check_contribution
 from diloco.coordinator.membership import Member, Status
-from diloco.coordinator.rounds import Answer, Arrivals, Round, Verdict
-from diloco.errors import ConfigError, CorruptDataError, StorageError
+from diloco.coordinator.records import commit_record, member_record, snapshot_record, start_record
+from diloco.coordinator.replay import replay
+from diloco.coordinator.rounds import Answer, Arrivals, Committed, Round, Verdict
+from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
-from diloco.settings import difference, settings_json
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The newest commit of a fragment, kept to answer resends and latecomers."""
-
-    version: int
-    at: float
-    weights: tuple[tuple[int, float], ...]
-    rounds: tuple[tuple[int, int], ...]
-    digest: str
-    frames: downlink.Frames = field(repr=False)
+from diloco.settings import settings_json
 
 
 class Coordinator:
@@ -69,6 +57,8 @@ class Coordinator:
         self.ledgers: dict[int, downlink.Ledger] = {}
         self.rounds: dict[int, Round] = {}  # all and only the fragments with an answer and no commit yet
         self.committed: dict[int, Committed] = {}
+        # (fragment, worker index) -> the last round of this worker's life that ended here, and whether without a commit
+        self.closed: dict[tuple[int, int], tuple[int, bool]] = {}
         self.arrivals = Arrivals()
         self.started = False
         self.complete = False
@@ -78,6 +68,7 @@ class Coordinator:
         self.tokens = 0  # of accepted contributions
         self.rejections: Counter[str] = Counter()
         self._base_step = 0  # the run's position as the journal knew it
+        self._asked_at: float | None = None  # when the starting values were last asked for
         self._now = 0.0
         self._actions: list[Action] = []
 
@@ -128,12 +119,9 @@ class Coordinator:
                 event.sender, Refused("incarnation", "this life of the worker is not known here: join again")
             )
             return
-        if member.status in (Status.GONE, Status.DEAD) and not isinstance(message, Leave):
-            if member.finished:
-                return
-            member.status = Status.ACTIVE  # it was only silent
-        if member.status is Status.SUSPECT:
-            member.status = Status.ACTIVE
+        if member.status is Status.GONE and not isinstance(message, Leave):
+            return
+        self._revive(member)
         member.last_seen = self._now
         match message:
             case Heartbeat():
@@ -150,17 +138,24 @@ class Coordinator:
                 self._leave(member, message)
 
     def _join(self, message: Join) -> None:
-        refusal = self._refusal(message)
-        if refusal is not None:
-            self.rejections["join_" + refusal.kind] += 1
-            self._send(message.worker, refusal)
+        refused = refusal(
+            message,
+            run_id=self.config.run.run_id,
+            settings=self.settings,
+            plan=self.plan,
+            complete=self.complete,
+            versions=self.versions(),
+        )
+        if refused is not None:
+            self.rejections["join_" + refused.kind] += 1
+            self._send(message.worker, refused)
             return
         member = self.members.get(message.worker)
         if member is not None and member.nonce == message.nonce:
-            member.last_seen = self._now
-            if not member.finished and member.status is not Status.SYNCING and self.started:
-                member.status = Status.ACTIVE
-            self._greet(member)
+            member.last_seen, member.versions = self._now, message.versions
+            if not member.finished:
+                self._revive(member)
+            self._admit(member)
             return
         if self.plan is None:
             self.plan = FragmentPlan.from_description(message.plan)
@@ -172,40 +167,27 @@ class Coordinator:
         self.members[message.worker] = joined
         if self.started:
             if index < 0:
-                joined.index = 1 + max(m.index for m in self.members.values())
+                joined.index = 1 + max((m.index for m in self.members.values()), default=-1)
             joined.status = Status.SYNCING
-            self._persist(self._member_record(joined))
-        elif len([m for m in self.members.values() if m.live]) >= self.config.topology.workers:
-            self._start()
-            return
-        self._greet(joined)
+            self._actions.append(member_record(joined))
+        self._admit(joined)
 
-    def _refusal(self, message: Join) -> Refused | None:
-        c = self.config
-        if message.protocol != PROTOCOL:
-            return Refused(
-                "protocol", f"protocol {message.protocol} here needs {PROTOCOL}: install the same version"
-            )
-        if message.run_id != c.run.run_id:
-            return Refused("run", f"run.run_id = {message.run_id!r} but this is run {c.run.run_id!r}")
-        if (found := difference(self.settings, message.settings)) is not None:
-            return Refused("settings", found)
-        try:
-            theirs = FragmentPlan.from_description(message.plan)
-        except ConfigError as error:
-            return Refused("plan", str(error))
-        if self.plan is not None and theirs.digest() != self.plan.digest():
-            return Refused("plan", self.plan.difference(theirs))
-        if self.complete:
-            return Refused("complete", "this run is complete")
-        ours = self.versions()
-        if any(v > (ours[p] if p < len(ours) else 0) for p, v in enumerate(message.versions)):
-            return Refused(
-                "corrupt",
-                f"the worker holds versions {list(message.versions)} but the coordinator only {list(ours)}: it lost "
-                "committed rounds; restart it with --resume on the run's own journal",
-            )
-        return None
+    def _admit(self, member: Member) -> None:
+        if (
+            not self.started
+            and len([m for m in self.members.values() if m.live]) >= self.config.topology.workers
+        ):
+            self._start()
+        else:
+            self._greet(member)
+
+    def _revive(self, member: Member) -> None:
+        """It was only silent."""
+        if member.status in (Status.SUSPECT, Status.DEAD, Status.GONE):
+            synced = self.plan is not None and len(member.versions) == len(self.plan.fragments)
+            member.status = Status.ACTIVE if synced else Status.SYNCING
+            if not self.started:
+                member.status = Status.JOINING
 
     def _start(self) -> None:
         """The start cohort is complete: number its members by name and ask the first for the starting values."""
@@ -213,10 +195,10 @@ class Coordinator:
         self.started = True
         for index, name in enumerate(sorted(self.members)):
             self.members[name].index = index
-            self.members[name].status = Status.ACTIVE
-        self._persist({"type": "start", "plan": self.plan.describe(), "epoch": self.epoch})
-        for member in self._by_index():
-            self._persist(self._member_record(member))
+            if self.members[name].live:
+                self.members[name].status = Status.ACTIVE
+                self.members[name].cohort = True
+        self._actions.append(start_record(self.plan, self.epoch, self._by_index()))
         for member in self._by_index():
             self._greet(member)
 
@@ -225,6 +207,9 @@ class Coordinator:
             live = tuple(sorted(m.name for m in self.members.values() if m.live))
             self._send(member.name, Waiting(live, self.config.topology.workers))
             return
+        asked = self._seeder() is member
+        if asked:
+            self._asked_at = self._now
         self._send(
             member.name,
             Welcome(
@@ -233,9 +218,10 @@ class Coordinator:
                 index=member.index,
                 members=len([m for m in self.members.values() if m.live]),
                 epoch=self.epoch,
-                step=self.inner_step(),
+                # whoever starts the run starts at its beginning, however late its welcome comes
+                step=0 if member.cohort and not member.versions else self.inner_step(),
                 versions=self.versions(),
-                initial=self._seeder() is member,
+                initial=asked,
             ),
         )
 
@@ -260,12 +246,13 @@ class Coordinator:
         self._persist(
             {"type": "initial", "fragment": message.fragment, "digest": frame.digest(values)}, [message.frame]
         )
-        self._begin(message.fragment, message.frame)
+        self.begin(message.fragment, message.frame)
         for other in self._by_index():
             if other is not member and other.live:
                 self._snapshot(other, message.fragment)
 
-    def _begin(self, fragment: int, initial: Buffer) -> None:
+    def begin(self, fragment: int, initial: Buffer) -> None:
+        """The fragment's starting value is here."""
         o = self.config.outer
         optimizer = outer.make(
             o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
@@ -279,22 +266,37 @@ class Coordinator:
             return
         if member.status is Status.SYNCING:
             member.status = Status.ACTIVE
+        patience_s = 3 * self.config.fault.heartbeat_s
+        if self._seeder() is member and self._now - (self._asked_at or 0.0) > patience_s:
+            self._greet(member)
         for fragment, version in enumerate(message.versions):
             done = self.committed.get(fragment)
             quiet_s = 2 * self.config.fault.heartbeat_s
             if done is not None and version < done.version and self._now - done.at > quiet_s:
-                self._send(member.name, self._commit_for(member, fragment, done))
+                self._send_commit(member, fragment)
         for fragment, number in message.in_flight:
             done, open_round = self.committed.get(fragment), self.rounds.get(fragment)
-            if done is not None and (member.index, number) in done.rounds:
-                self._send(member.name, self._commit_for(member, fragment, done))
+            if not 0 <= fragment < len(message.versions) or self._ended(member, fragment, number):
+                continue
+            if done is not None and message.versions[fragment] < done.version:
+                self._send_commit(member, fragment)
             elif open_round is None or not open_round.has(member.index):
                 self._send(member.name, Resend(fragment, number))
+
+    def _ended(self, member: Member, p: int, number: int) -> bool:
+        """Whether this life of the worker has had its answer to the round; the last answer is repeated."""
+        last, aborted = self.closed.get((p, member.index), (-1, False))
+        if number == last and aborted:
+            self._send(member.name, Aborted(p, number, "the round ended without a commit"))
+        elif number == last:
+            self._send_commit(member, p)
+        return number <= last
 
     def _contribution(self, member: Member, message: Contribution) -> None:
         p, number = message.fragment, message.round
         if self.plan is None or p not in self.ledgers:
-            self._reject(member, p, number, "unknown_fragment")
+            return  # the starting value is not here yet; the worker offers it again
+        if self._ended(member, p, number):
             return
         try:
             checked = check_contribution(
@@ -304,16 +306,16 @@ class Coordinator:
             self._reject(member, p, number, f"corrupt: {error}")
             self._answered_empty(member, p, number)
             return
+        base = checked.header.base_version
         done, version = self.committed.get(p), self.ledgers[p].shard.version
-        if done is not None and (member.index, number) in done.rounds:
-            self._send(member.name, self._commit_for(member, p, done))
-        elif checked.header.base_version > version:
-            self._send(member.name, Refused("corrupt", f"fragment {p}: base version {checked.header.base_version} "
-                                            f"is newer than any commit here ({version})"))  # fmt: skip
-        elif checked.header.base_version < version:
+        if done is not None and base < version and (member.index, number) in done.rounds:
+            self._send_commit(member, p)  # from an earlier life, or before a restart
+        elif base > version:
+            reason = f"fragment {p}: base version {base} is newer than any commit here ({version})"
+            self._send(member.name, Refused("corrupt", reason))
+        elif base < version:
             self._reject(member, p, number, "late")
-            assert done is not None
-            self._send(member.name, self._commit_for(member, p, done))
+            self._send_commit(member, p)
         else:
             open_round = self.rounds.setdefault(p, Round(self._now))
             member.lagging = False
@@ -325,8 +327,9 @@ class Coordinator:
                     self.arrivals.learn(open_round.opened, self._now)
 
     def _skip(self, member: Member, message: Skip) -> None:
-        self.rejections["skipped_by_worker"] += 1
-        self._answered_empty(member, message.fragment, message.round)
+        if not self._ended(member, message.fragment, message.round):
+            self.rejections["skipped_by_worker"] += 1
+            self._answered_empty(member, message.fragment, message.round)
 
     def _answered_empty(self, member: Member, fragment: int, number: int) -> None:
         """Do not wait for this member: it has answered, with nothing that counts."""
@@ -346,14 +349,13 @@ class Coordinator:
         self._send(member.name, Snapshot(fragment, shard.version, frame.digest(shard.params), frames))
 
     def _leave(self, member: Member, message: Leave) -> None:
-        if member.status is Status.GONE:
-            self._send(member.name, Refused("left", "goodbye"))
-            return
-        member.status, member.progress, member.digest = Status.GONE, message.progress, message.digest
-        member.finished = "complete" if message.reason == "complete" else ""
-        self._persist(
-            {"type": "leave", "worker": member.name, "reason": message.reason, "digest": message.digest}
-        )
+        if member.status is not Status.GONE:
+            member.status, member.progress, member.digest = Status.GONE, message.progress, message.digest
+            member.finished = "complete" if message.reason == "complete" else ""
+            self._persist(
+                {"type": "leave", "worker": member.name, "reason": message.reason, "digest": message.digest}
+            )
+        self._send(member.name, Refused("left", "goodbye"))
 
     # ---- rounds ----
 
@@ -368,7 +370,7 @@ class Coordinator:
         elif verdict is Verdict.ABORT:
             del self.rounds[p]
             self.aborts += 1
-            numbers = {**open_round.skipped, **{i: a.round for i, a in open_round.answers.items()}}
+            numbers = self._close(p, open_round, aborted=True)
             reason = "no quorum in time" if open_round.answers else "no usable contribution"
             for member in self._by_index():
                 if member.index in numbers:
@@ -390,37 +392,40 @@ class Coordinator:
             frames=frames,
         )
         del self.rounds[p]
-        self._account(p, done, sum(a.tokens for a in answers))
+        self._close(p, open_round, aborted=False)
+        self.account(p, done, sum(a.tokens for a in answers), self.inner_step())
         names = {m.index: m.name for m in self.members.values()}
-        self._persist(
-            {
-                "type": "commit",
-                "fragment": p,
-                "version": done.version,
-                "contributors": [names[a.index] for a in answers],
-                "weights": shares,
-                "digest": done.digest,
-                "indices": [a.index for a in answers],
-                "rounds": [a.round for a in answers],
-                "tokens": [a.tokens for a in answers],
-                "step": self.inner_step(),
-                "epoch": self.epoch,
-            },
-            [a.frame for a in answers],
+        contributors = [names[a.index] for a in answers]
+        self._actions.append(
+            commit_record(p, done, answers, contributors, step=self.inner_step(), epoch=self.epoch)
         )
         if done.version % self.config.topology.checkpoint_every_commits == 0:
-            self._persist_snapshot(p)
+            self._actions.append(snapshot_record(p, ledger, self.run_hash))
         for member in self._by_index():
             member.lagging = member.lagging or (
                 member.status is Status.ACTIVE and not open_round.has(member.index)
             )
             if member.live:
-                self._send(member.name, self._commit_for(member, p, done))
+                self._send_commit(member, p)
 
-    def _account(self, p: int, done: Committed, tokens: int) -> None:
+    def _close(self, p: int, ended: Round, *, aborted: bool) -> dict[int, int]:
+        """Remember whose round this was, by worker index: what comes for it again gets the same answer."""
+        numbers = {**ended.skipped, **{i: a.round for i, a in ended.answers.items()}}
+        for index, number in numbers.items():
+            self.closed[p, index] = (number, aborted)
+        return numbers
+
+    def account(self, p: int, done: Committed, tokens: int, step: int) -> None:
+        """A commit has happened, now or in the journal."""
         self.committed[p] = done
         self.commits += 1
         self.tokens += tokens
+        self._base_step = max(self._base_step, step)
+
+    def _send_commit(self, member: Member, p: int) -> None:
+        done = self.committed.get(p)
+        if done is not None:
+            self._send(member.name, self._commit_for(member, p, done))
 
     def _commit_for(self, member: Member, p: int, done: Committed) -> Commit:
         frames = done.frames
@@ -436,21 +441,6 @@ class Coordinator:
                 return frame.unpack(contribution)[0].incarnation
         return None
 
-    def _persist_snapshot(self, p: int) -> None:
-        ledger = self.ledgers[p]
-        tensors = ledger.tensors()
-        blobs = [
-            downlink.value_frame(tensors[name], p, ledger.shard.version, self.run_hash)
-            for name in sorted(tensors)
-        ]
-        record = {
-            "type": "snapshot",
-            "fragment": p,
-            "version": ledger.shard.version,
-            "names": sorted(tensors),
-        }
-        self._persist(record, blobs)
-
     # ---- time, membership, the end ----
 
     def _expire(self) -> None:
@@ -465,6 +455,7 @@ class Coordinator:
 
     def _forget_answers(self, member: Member) -> None:
         """A new life begins: what the old one sent to rounds that are still open is taken back."""
+        self.closed = {key: ended for key, ended in self.closed.items() if key[1] != member.index}
         for p in list(self.rounds):
             self.rounds[p].answers.pop(member.index, None)
             self.rounds[p].skipped.pop(member.index, None)
@@ -488,74 +479,13 @@ class Coordinator:
     ) -> list[Action]:
         """Rebuild everything from the journal by repeating its commits; raises StorageError if a digest differs."""
         self._now, self._actions = now, []
-        newest = {r["fragment"]: r["version"] for r, _ in records if r["type"] == "snapshot"}
-        for record, blobs in records:
-            self._replay(record, blobs, newest)
+        replay(self, records, now)
         self.epoch += 1
         self._persist({"type": "epoch", "epoch": self.epoch})
-        for member in self.members.values():  # leases start anew: nobody could be heard while we were away
-            member.last_seen = now
-            if not member.finished:
-                member.status = Status.ACTIVE
+        if self.complete:
+            self._actions.append(Stop("complete"))
+        self._finish_if_done()
         return self._actions
-
-    def _replay(self, record: Mapping[str, Any], blobs: Sequence[Buffer], newest: Mapping[int, int]) -> None:
-        kind = record["type"]
-        if kind == "start":
-            self.plan, self.started = FragmentPlan.from_description(record["plan"]), True
-        elif kind == "epoch":
-            self.epoch = max(self.epoch, int(record["epoch"]))
-        elif kind == "member":
-            old = self.members.get(record["worker"])
-            member = Member(record["worker"], int(record["nonce"]), int(record["incarnation"]), self._now)
-            member.index = int(record["index"])
-            member.progress = old.progress if old else member.progress
-            self.members[member.name] = member
-        elif kind == "leave":
-            gone = self.members[record["worker"]]
-            gone.finished = "complete" if record["reason"] == "complete" else ""
-            gone.status, gone.digest = Status.GONE, record["digest"]
-        elif kind == "initial":
-            self._begin(int(record["fragment"]), blobs[0])
-        elif kind == "commit":
-            self._replay_commit(record, blobs, newest.get(record["fragment"], 0))
-        elif kind == "snapshot" and newest[record["fragment"]] == record["version"]:
-            tensors = {n: frame.decode_frame(b)[1] for n, b in zip(record["names"], blobs, strict=True)}
-            self.ledgers[record["fragment"]].load(tensors, int(record["version"]))
-        elif kind == "complete":
-            self.complete = True
-
-    def _replay_commit(self, record: Mapping[str, Any], blobs: Sequence[Buffer], snapshot: int) -> None:
-        p, version = int(record["fragment"]), int(record["version"])
-        self._base_step = max(self._base_step, int(record["step"]))
-        ledger = self.ledgers[p]
-        parts = [
-            downlink.Part(i, w, b) for i, w, b in zip(record["indices"], record["weights"], blobs, strict=True)
-        ] if blobs else []  # fmt: skip
-        frames: downlink.Frames = ()
-        if parts and version > snapshot:
-            frames = downlink.close(
-                self.config.codec.down, ledger, parts, self.codec, fragment=p, run_id=self.run_hash
-            )
-            if frame.digest(ledger.shard.params) != record["digest"]:
-                raise StorageError(
-                    f"journal: repeating commit {version} of fragment {p} gives another digest than it recorded; "
-                    "the journal is damaged, or this machine computes differently: restore it from a copy"
-                )
-        elif parts and self.config.codec.down == "relay":
-            frames = tuple((part.index, part.frame) for part in parts)
-        self._account(
-            p,
-            Committed(
-                version,
-                self._now,
-                tuple(zip(record["indices"], record["weights"], strict=True)),
-                tuple(zip(record["indices"], record["rounds"], strict=True)),
-                record["digest"],
-                frames,
-            ),
-            sum(record["tokens"]),
-        )
 
     # ---- facts ----
 
@@ -574,15 +504,6 @@ class Coordinator:
 
     def _by_index(self) -> list[Member]:
         return sorted(self.members.values(), key=lambda m: (m.index, m.name))
-
-    def _member_record(self, member: Member) -> dict[str, Any]:
-        return {
-            "type": "member",
-            "worker": member.name,
-            "nonce": member.nonce,
-            "incarnation": member.incarnation,
-            "index": member.index,
-        }
 
     def _reject(self, member: Member, fragment: int, number: int, reason: str) -> None:
         self.rejections[reason.split(":")[0]] += 1

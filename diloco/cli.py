@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from diloco.config import RunConfig, warnings
-from diloco.errors import ConfigError, DilocoError, TransportError
+from diloco.errors import ConfigError, DilocoError, EnvironmentProblem, TransportError
 
 INTERRUPTED = 130
 
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DilocoError as error:
         print(f"diloco {arguments.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"diloco {arguments.command}: {error}", file=sys.stderr)
+        return EnvironmentProblem.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -156,14 +159,12 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _finish(service: Any, folder: Path) -> None:
     from diloco.worker.report import build_report, write_report
+    from diloco.worker.series import read_series
 
     path = service.export()
     facts = service.status()
-    series = [
-        json.loads(line) for line in (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     report = build_report(facts, parameters=service.machine.plan.numel)
-    write_report(folder, report, series)
+    write_report(folder, report, read_series(folder / "progress.jsonl"), facts["fragments"])
     _say(f"complete: {report['commits']} commits, final parameters {path}, report {folder / 'report.html'}")
 
 

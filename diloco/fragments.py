@@ -99,15 +99,15 @@ class FragmentPlan:
                 for i, f in enumerate(raw["fragments"])
             )
             plan = cls(fragments, int(raw["H"]), str(raw["first_round"]))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise ConfigError(f"the fragment plan cannot be read: {error!r}") from None
         if not plan.fragments or plan.H < 1 or any(f.numel < 1 for f in plan.fragments):
             raise ConfigError("the fragment plan is empty or has an empty fragment")
-        for span in (s for f in plan.fragments for s in f.spans):
-            if not 0 <= span.start < span.stop <= math.prod(span.shape):
-                raise ConfigError(
-                    f"the plan's range of tensor {span.name!r} lies outside its shape {span.shape}"
-                )
+        if plan.first_round not in ("short", "full"):
+            raise ConfigError(f"the fragment plan's first_round = {plan.first_round!r} is not 'short' or 'full'")
+        if any(not 0 <= f.first_step < plan.H for f in plan.fragments):
+            raise ConfigError(f"a fragment's first_step lies outside 0..H-1 = {plan.H - 1}")
+        _require_whole(plan)
         return plan
 
     def difference(self, other: FragmentPlan) -> str:
@@ -135,6 +135,23 @@ def _fragment(
         spans.append(Span(name, shape, start, stop, offset))
         offset += stop - start
     return Fragment(index, tuple(spans), first_step)
+
+
+def _require_whole(plan: FragmentPlan) -> None:
+    """ConfigError unless the fragments hold every element of every tensor exactly once."""
+    spans: dict[str, list[Span]] = {}
+    for span in (s for f in plan.fragments for s in f.spans):
+        spans.setdefault(span.name, []).append(span)
+    for name, parts in spans.items():
+        shape, end = parts[0].shape, 0
+        if any(d < 1 for d in shape) or any(p.shape != shape for p in parts):
+            raise ConfigError(f"the plan's tensor {name!r} has no single valid shape: {shape}")
+        for part in sorted(parts, key=lambda p: p.start):
+            if part.start != end or part.stop <= part.start:
+                break
+            end = part.stop
+        if end != math.prod(shape):
+            raise ConfigError(f"the plan does not cover tensor {name!r} of shape {shape} exactly once")
 
 
 def block_of(name: str) -> int | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,10 +45,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[s
         _fsync(pointer)
         os.replace(pointer, folder / "latest")
         _fsync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library does not raise OSError for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(
-            f"cannot write a checkpoint to {str(folder)!r}: {error.strerror}; free space there"
+            f"cannot write a checkpoint to {str(folder)!r}: {error}; free space there, the last one is intact"
         ) from None
     for old in folder.glob("step-*"):
         if old != final:
@@ -67,7 +68,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             raise ValueError("the tensors file does not have the digest in the manifest")
         tensors: dict[str, Tensor] = load_file(current / "tensors.safetensors")
         return tensors, dict(manifest["meta"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(
             f"the checkpoint {str(current)!r} cannot be used: {error}; remove {str(pointer)!r} to start this worker afresh"
         ) from None

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from diloco import outer
@@ -53,52 +51,18 @@ from diloco.delta import merge, merge_delay_corrected, pseudo_gradient
 from diloco.errors import CorruptDataError, NonFiniteError, RefusedError
 from diloco.fragments import FragmentPlan
 from diloco.settings import settings_json
+from diloco.worker import replica_state
+from diloco.worker.replica_slots import (
+    Flight,
+    Parameters,
+    Slot,
+    apply_commit,
+    relabelled,
+    shard_of,
+    start_shard,
+)
 
-
-class Parameters(Protocol):
-    """The worker's copy of the model, fragment by fragment, as flat fp32 tensors."""
-
-    def read(self, fragment: int) -> Tensor:
-        """A copy of the fragment's current values [numel]."""
-        ...
-
-    def write(self, fragment: int, values: Tensor) -> None: ...
-
-
-@dataclass(slots=True)
-class Flight:
-    """A round of one fragment between its send and its merge."""
-
-    round: int
-    base: int
-    due: int  # the inner step at which it is merged
-    alpha: float
-    steps: int
-    tokens: int
-    sent: Tensor | None = None  # the parameters as they were sent, kept for delay_corrected only
-    frame: bytes | None = None
-    since: float = 0.0
-    outcome: str = ""  # "", "merged-in", "left-out", "aborted"
-    overwrite: bool = False  # local values are not fit to keep (non-finite)
-
-
-@dataclass(slots=True)
-class Slot:
-    """One fragment at this worker. `shard` is the anchor: what the worker last took, or is about to take."""
-
-    index: int
-    shard: outer.OuterShard | None = None
-    feedback: ErrorFeedback | None = None
-    flight: Flight | None = None
-    steps: int = 0  # inner steps since the last send
-    tokens: int = 0
-    jobs: int = 0  # decode jobs not yet back
-    waiting: dict[int, Commit] = field(default_factory=dict)  # commits to be applied, by version
-    adopt: bool = False  # take the anchor as it is: after a snapshot
-
-    @property
-    def version(self) -> int:
-        return self.shard.version if self.shard else 0
+__all__ = ["Flight", "Parameters", "Replica", "Slot"]
 
 
 class Replica:
@@ -144,6 +108,8 @@ class Replica:
         match event:
             case Connected():
                 self.connected = True
+                if self._next_heartbeat is None:  # an answer may be lost: ask again then
+                    self._next_heartbeat = now + self.config.fault.heartbeat_s
                 return [Send(COORDINATOR, self._join())]
             case Lost():
                 self.connected = False
@@ -174,7 +140,9 @@ class Replica:
     @property
     def ready(self) -> bool:
         """The run's parameters are here: training may start."""
-        return self.joined and all(s.shard is not None and not s.jobs for s in self.slots)
+        return self.joined and all(
+            s.shard is not None and not (s.jobs and s.flight is None) for s in self.slots
+        )
 
     @property
     def blocked(self) -> bool:
@@ -190,7 +158,8 @@ class Replica:
         return slot.flight is not None and bool(slot.flight.outcome) and not slot.jobs
 
     def versions(self) -> tuple[int, ...]:
-        return tuple(s.version for s in self.slots) if self.ready else ()
+        """Per fragment the newest version that is here; empty before the first values have come."""
+        return tuple(s.known for s in self.slots) if all(s.shard is not None for s in self.slots) else ()
 
     # ---- called by the training thread ----
 
@@ -244,14 +213,15 @@ class Replica:
         """Send every fragment once more and take the result whole, so that the global value covers every step."""
         self._now = now
         actions: list[Action] = []
+        everywhere = self.plan.due(self.step) if self.tau == 0 and self.alpha == 0.0 else ()
         for slot in self.slots:
-            if not (slot.steps == 0 and self.tau == 0 and self.alpha == 0.0):
+            if slot.steps or slot.index not in everywhere:  # else every worker has just taken it whole
                 actions += self._send(slot, self.plan.flush_round(slot.index, self.step), self.step, 0.0)
         return actions
 
     def leave(self, reason: str) -> list[Action]:
         """Say goodbye until it is heard: `stopped` is set once the coordinator has answered."""
-        self.leaving = Leave(self.worker, self.incarnation, reason, self.progress, self.digest())
+        self.leaving = Leave(self.worker, self.incarnation, reason, self._progress(), self.digest())
         return [Send(COORDINATOR, self.leaving)]
 
     def digest(self) -> str:
@@ -265,24 +235,31 @@ class Replica:
         local = self.parameters.read(slot.index)
         delta = pseudo_gradient(shard.params, local)
         keep = local if self.config.stream.merge == "delay_corrected" and due > self.step else None
-        flight = Flight(
-            number, shard.version, due, alpha, max(1, slot.steps), slot.tokens, keep, since=self._now
-        )
+        steps = min(max(1, slot.steps), 4 * self.plan.H)  # more can come together after aborted rounds
+        flight = Flight(number, shard.version, due, alpha, steps, slot.tokens, keep, delta, since=self._now)
+        idle = slot.steps == 0 and not bool(delta.any())
         slot.flight, slot.steps, slot.tokens = flight, 0, 0
-        return [Compute(self._encode_job(slot, flight, delta)), *self._open_waiting(slot)]
+        if idle:  # a newcomer without work of its own must not dilute the others'
+            flight.overwrite, flight.delta = True, None
+            return [*self._answer(slot, flight), *self._open_waiting(slot)]
+        return [Compute(self._encode_job(slot, flight)), *self._open_waiting(slot)]
 
     # ---- heavy work, run by the driver away from the training thread, in order ----
 
-    def _encode_job(self, slot: Slot, flight: Flight, delta: Tensor) -> Callable[[], Any]:
-        def encode() -> tuple[str, Slot, Flight, bytes | NonFiniteError]:
+    def _encode_job(self, slot: Slot, flight: Flight) -> Callable[[], Any]:
+        delta = flight.delta
+        assert delta is not None
+
+        def encode() -> tuple[str, Slot, Flight, bytes | NonFiniteError, tuple[int, int]]:
+            label = (self.index, self.incarnation)
             try:
-                return "encoded", slot, flight, self._frame(slot, delta, flight)
+                return "encoded", slot, flight, self._frame(slot, delta, flight, label), label
             except NonFiniteError as error:
-                return "encoded", slot, flight, error
+                return "encoded", slot, flight, error, label
 
         return encode
 
-    def _frame(self, slot: Slot, delta: Tensor, flight: Flight) -> bytes:
+    def _frame(self, slot: Slot, delta: Tensor, flight: Flight, label: tuple[int, int]) -> bytes:
         return frame.encode_frame(
             slot.feedback or self.codec,
             delta,
@@ -290,14 +267,24 @@ class Replica:
             round=flight.round,
             base_version=flight.base,
             run_id=self.run_hash,
-            worker=self.index,
-            incarnation=self.incarnation,
+            worker=label[0],
+            incarnation=label[1],
             steps=flight.steps,
             tokens=flight.tokens,
         )
 
     def _open_waiting(self, slot: Slot) -> list[Action]:
-        """Decode queued commits in order. Only while a round is in flight: nobody else then reads the anchor."""
+        """Take what waits, in order. Only while a round is in flight: nobody else then reads the anchor."""
+        kept = slot.kept
+        if slot.restoring or (kept is not None and slot.jobs):
+            return []
+        if kept is not None and slot.shard is not None and kept.version <= slot.version and not slot.broken:
+            slot.kept = kept = None
+        if kept is not None and (slot.shard is None or slot.adopt or slot.broken or slot.flight is not None):
+            slot.kept, slot.restoring, slot.jobs = None, True, slot.jobs + 1
+            return [Compute(self._restore_job(slot, kept))]
+        if kept is not None or slot.broken:
+            return []
         actions: list[Action] = []
         next_version = slot.version + slot.jobs + 1
         while slot.flight is not None and (commit := slot.waiting.pop(next_version, None)) is not None:
@@ -308,19 +295,8 @@ class Replica:
 
     def _open_job(self, slot: Slot, commit: Commit) -> Callable[[], Any]:
         def open_one() -> tuple[str, Slot, Commit, CorruptDataError | None]:
-            shard, frames = slot.shard, commit.frames
-            assert shard is not None
             try:
-                if (
-                    self.config.codec.down == "relay"
-                    and slot.flight is not None
-                    and slot.flight.frame is not None
-                ):
-                    if self.index in dict(commit.weights) and self.index not in dict(frames):
-                        frames = (*frames, (self.index, slot.flight.frame))
-                downlink.open_commit(self.config.codec.down, shard, frames, commit.weights, self.codec)
-                if frame.digest(shard.params) != commit.digest:
-                    raise CorruptDataError(f"fragment {slot.index} version {commit.version}: digests differ")
+                apply_commit(slot, commit, self.config.codec.down, self.codec, self.index)
             except (CorruptDataError, KeyError) as error:
                 return "opened", slot, commit, CorruptDataError(str(error))
             return "opened", slot, commit, None
@@ -328,62 +304,67 @@ class Replica:
         return open_one
 
     def _restore_job(self, slot: Slot, snapshot: Snapshot) -> Callable[[], Any]:
-        def restore() -> tuple[str, Slot, Snapshot, CorruptDataError | None]:
+        def restore() -> tuple[str, Slot, Snapshot, outer.OuterShard | None]:
             try:
-                values = frame.decode_frame(snapshot.frames[0][1])[1]
-                if (
-                    values.numel() != self.plan.fragments[slot.index].numel
-                    or frame.digest(values) != snapshot.digest
-                ):
-                    raise CorruptDataError(f"snapshot of fragment {slot.index}: size or digest differs")
-                shard = slot.shard or self._start(values)
-                downlink.load_snapshot(shard, snapshot.frames, snapshot.version)
-                slot.shard = shard
-            except (CorruptDataError, ValueError) as error:
-                return "restored", slot, snapshot, CorruptDataError(str(error))
-            return "restored", slot, snapshot, None
+                return "restored", slot, snapshot, shard_of(snapshot, self.plan, self.config)
+            except (CorruptDataError, ValueError, RuntimeError):
+                return "restored", slot, snapshot, None
 
         return restore
-
-    def _start(self, values: Tensor) -> outer.OuterShard:
-        o = self.config.outer
-        optimizer = outer.make(
-            o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
-        )
-        if self.config.codec.down in downlink.WORKERS_STEP:
-            return outer.OuterShard.start(optimizer, values)
-        return outer.OuterShard(optimizer, values.clone())  # the coordinator steps; no state is needed here
 
     def _computed(self, result: Any) -> list[Action]:
         kind, slot = result[0], result[1]
         if kind == "encoded":
-            return self._encoded(slot, result[2], result[3])
+            return self._encoded(slot, *result[2:])
         slot.jobs -= 1
-        error = result[3]
         if kind == "opened":
             commit: Commit = result[2]
-            if error is not None:
-                return [Send(COORDINATOR, Fetch(self.worker, self.incarnation, slot.index))]
-            self._settle(slot, commit)
-        elif error is not None:
-            return [Send(COORDINATOR, Fetch(self.worker, self.incarnation, slot.index))]
+            if result[3] is None:
+                self._settle(slot, commit)
+            else:
+                slot.broken = True
+                if slot.feedback is not None and self._counts(slot, commit):
+                    slot.feedback.commit()
+                return [] if slot.jobs else [Send(COORDINATOR, self._fetch(slot)), *self._open_waiting(slot)]
         else:
+            slot.restoring = False
+            if result[3] is None:  # damaged: the next heartbeat asks again
+                slot.broken = slot.shard is not None
+                return []
+            slot.shard, slot.broken = result[3], False
             self._settle_by_snapshot(slot, result[2])
         slot.waiting = {v: c for v, c in slot.waiting.items() if v > slot.version}
         return self._open_waiting(slot)
 
-    def _encoded(self, slot: Slot, flight: Flight, made: bytes | NonFiniteError) -> list[Action]:
+    def _encoded(
+        self, slot: Slot, flight: Flight, made: bytes | NonFiniteError, label: tuple[int, int]
+    ) -> list[Action]:
+        flight.delta = None
         if isinstance(made, NonFiniteError):
             flight.overwrite = True
-            reason = f"non-finite pseudo-gradient: {made}"
-            return [Send(COORDINATOR, Skip(self.worker, self.incarnation, slot.index, flight.round, reason))]
-        flight.frame = made
-        return [Send(COORDINATOR, self._contribution(slot, flight))] if self.joined else []
+        else:
+            flight.frame, flight.label = made, label
+        return self._answer(slot, flight) if self.joined else []
 
-    def _contribution(self, slot: Slot, flight: Flight) -> Contribution:
-        assert flight.frame is not None
+    def _answer(self, slot: Slot, flight: Flight) -> list[Action]:
+        """What this worker says to the round: its contribution, or that it has none; nothing yet while it is encoded."""
+        if flight.overwrite or flight.refused:
+            flight.since = self._now
+            reason = "nothing of its own" if flight.steps == 0 else "non-finite pseudo-gradient"
+            reason = "refused before" if flight.refused else reason
+            skip = Skip(self.worker, self.incarnation, slot.index, flight.round, reason)
+            return [Send(COORDINATOR, skip)]
+        if flight.frame is None:
+            return []
         flight.since = self._now
-        return Contribution(self.worker, self.incarnation, slot.index, flight.round, flight.frame)
+        here = (self.index, self.incarnation)
+        if flight.label != here:  # the header names the life that sends it
+            flight.frame, flight.label = relabelled(flight.frame, self.codec, *here), here
+        message = Contribution(self.worker, self.incarnation, slot.index, flight.round, flight.frame)
+        return [Send(COORDINATOR, message)]
+
+    def _fetch(self, slot: Slot) -> Fetch:
+        return Fetch(self.worker, self.incarnation, slot.index)
 
     # ---- what arrives ----
 
@@ -411,19 +392,21 @@ class Replica:
             case Rejected():
                 self.rejections.append(message)
                 self._roll_back(message.fragment, message.round)
-            case Aborted():
                 flight = self.slots[message.fragment].flight
+                if flight is not None and flight.round == message.round and message.reason != "late":
+                    flight.refused = True
+            case Aborted():
+                slot = self.slots[message.fragment]
+                flight = slot.flight
                 if flight is not None and flight.round == message.round and not flight.outcome:
                     self._roll_back(message.fragment, message.round)
                     flight.outcome = "aborted"
+                    if not flight.overwrite:  # the work is still in the parameters: the next round covers it
+                        slot.steps, slot.tokens = slot.steps + flight.steps, slot.tokens + flight.tokens
             case Resend():
                 slot = self.slots[message.fragment]
-                if (
-                    slot.flight is not None
-                    and slot.flight.round == message.round
-                    and slot.flight.frame is not None
-                ):
-                    return [Send(COORDINATOR, self._contribution(slot, slot.flight))]
+                if slot.flight is not None and slot.flight.round == message.round:
+                    return self._answer(slot, slot.flight)
             case Snapshot():
                 return self._snapshot(message)
         return []
@@ -443,7 +426,6 @@ class Replica:
         if self.leaving is not None:
             return [Send(COORDINATOR, self.leaving)]
         fresh = not self.joined
-        renewed = self.incarnation != message.incarnation or self.index != message.index
         self.joined, self.index, self.incarnation = True, message.index, message.incarnation
         self._next_heartbeat = self._now + self.config.fault.heartbeat_s
         actions: list[Action] = []
@@ -453,19 +435,16 @@ class Replica:
             self.step = message.step
         for slot in self.slots:
             flight = slot.flight
-            if slot.shard is None or (fresh and slot.version != message.versions[slot.index]):
-                actions.append(Send(COORDINATOR, Fetch(self.worker, self.incarnation, slot.index)))
-            if flight is not None and flight.frame is not None and not flight.outcome:
-                if renewed:  # the header names the life that sends it
-                    flight.frame = frame.relabel(
-                        flight.frame, worker=self.index, incarnation=self.incarnation
-                    )
-                actions.append(Send(COORDINATOR, self._contribution(slot, flight)))
-            elif flight is not None and flight.overwrite and not flight.outcome:
-                skip = Skip(
-                    self.worker, self.incarnation, slot.index, flight.round, "non-finite pseudo-gradient"
-                )
-                actions.append(Send(COORDINATOR, skip))
+            # One version behind is what a resend cures, and a worker back from its checkpoint then repeats
+            # its last round exactly.
+            behind = fresh and flight is None and slot.known + 1 < message.versions[slot.index]
+            if slot.shard is None or behind:
+                actions.append(Send(COORDINATOR, self._fetch(slot)))
+            if flight is not None and not flight.outcome:
+                if fresh and flight.frame is None and flight.delta is not None:
+                    actions.append(Compute(self._encode_job(slot, flight)))
+                else:
+                    actions += self._answer(slot, flight)
         return actions
 
     def _give_initial(self, message: Welcome) -> list[Action]:
@@ -474,8 +453,7 @@ class Replica:
         for slot in self.slots:
             if slot.shard is None and message.versions[slot.index] == 0:
                 values = self.parameters.read(slot.index)
-                slot.shard = self._start(values)
-                slot.shard.params.copy_(values)
+                slot.shard = start_shard(self.config, values)
                 if self.config.codec.down == "g_bf16":
                     slot.shard.params.copy_(values.bfloat16())
                 slot.adopt = True
@@ -487,26 +465,28 @@ class Replica:
 
     def _commit(self, message: Commit) -> list[Action]:
         slot = self.slots[message.fragment]
-        if slot.shard is None or message.version <= slot.version + slot.jobs:
+        if slot.shard is None or message.version <= slot.known:
             return []
         slot.waiting[message.version] = message
-        if slot.version + slot.jobs + 1 not in slot.waiting:  # a gap: commits in between never reached us
-            return [Send(COORDINATOR, Fetch(self.worker, self.incarnation, slot.index))]
+        if not slot.restoring and slot.known < message.version:  # commits in between never reached us
+            return [Send(COORDINATOR, self._fetch(slot))]
         return self._open_waiting(slot)
 
     def _snapshot(self, message: Snapshot) -> list[Action]:
         slot = self.slots[message.fragment]
-        if slot.jobs or (slot.shard is not None and message.version < slot.version):
-            return []
-        slot.jobs += 1
-        return [Compute(self._restore_job(slot, message))]
+        if slot.kept is None or slot.kept.version <= message.version:
+            slot.kept = message
+        return self._open_waiting(slot)
+
+    def _counts(self, slot: Slot, commit: Commit) -> bool:
+        return slot.flight is not None and (self.index, slot.flight.round) in commit.rounds
 
     def _settle(self, slot: Slot, commit: Commit) -> None:
         """The round in flight has its answer: was our part in it?"""
         flight = slot.flight
         if flight is None or flight.outcome:
             return
-        if (self.index, flight.round) in commit.rounds:
+        if self._counts(slot, commit):
             flight.outcome = "merged-in"
             if slot.feedback is not None:
                 slot.feedback.commit()
@@ -531,91 +511,31 @@ class Replica:
         self._next_heartbeat = self._now + self.config.fault.heartbeat_s
         old = self._now - 3 * self.config.fault.heartbeat_s
         in_flight = tuple(
-            (s.index, s.flight.round)
+            (s.index, f.round)
             for s in self.slots
-            if s.flight is not None
-            and not s.flight.outcome
-            and s.flight.frame is not None
-            and s.flight.since <= old
+            if (f := s.flight) is not None
+            and not f.outcome
+            and not s.jobs
+            and f.delta is None
+            and f.since <= old
         )
-        actions: list[Action] = []
         if self.leaving is not None:
             return [Send(COORDINATOR, self.leaving)]
-        if self.joined:
-            beat = Heartbeat(self.worker, self.incarnation, self.progress, self.versions(), in_flight)
-            actions.append(Send(COORDINATOR, beat))
-            if not self.ready:
-                actions += [
-                    Send(COORDINATOR, Fetch(self.worker, self.incarnation, s.index))
-                    for s in self.slots
-                    if s.shard is None and not s.jobs
-                ]
-        elif self.connected:
-            actions.append(Send(COORDINATOR, self._join()))
-        return actions
+        if not self.joined:
+            return [Send(COORDINATOR, self._join())] if self.connected else []
+        beat = Heartbeat(self.worker, self.incarnation, self._progress(), self.versions(), in_flight)
+        lacking = [s for s in self.slots if (s.shard is None or s.broken) and not s.jobs]
+        return [Send(COORDINATOR, beat), *(Send(COORDINATOR, self._fetch(s)) for s in lacking)]
 
-    def _relabelled(self, framed: bytes) -> bytes:
-        header, payload = frame.unpack(framed, codec=self.codec)
-        return frame.pack(
-            dataclasses.replace(header, worker=self.index, incarnation=self.incarnation), payload
-        )
+    def _progress(self) -> Progress:
+        return dataclasses.replace(self.progress, step=self.step)
 
     # ---- checkpoint ----
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues this half of the protocol: numbers under "meta", tensors under "tensors"."""
-        meta: dict[str, Any] = {
-            "step": self.step,
-            "index": self.index,
-            "incarnation": self.incarnation,
-            "slots": [],
-        }
-        tensors: dict[str, Tensor] = {}
-        for slot in self.slots:
-            p, flight = slot.index, slot.flight
-            entry: dict[str, Any] = {"version": slot.version, "steps": slot.steps, "tokens": slot.tokens}
-            if slot.shard is not None:
-                tensors[f"{p}.params"] = slot.shard.params.clone()
-                tensors.update({f"{p}.state.{k}": v.clone() for k, v in slot.shard.state.items()})
-            if slot.feedback is not None:
-                tensors.update(
-                    {f"{p}.feedback.{k}": v.clone() for k, v in slot.feedback.state_dict().items()}
-                )
-            if flight is not None:
-                entry["flight"] = {
-                    "round": flight.round,
-                    "base": flight.base,
-                    "due": flight.due,
-                    "alpha": flight.alpha,
-                    "steps": flight.steps,
-                    "tokens": flight.tokens,
-                    "outcome": flight.outcome,
-                    "overwrite": flight.overwrite,
-                }
-                if flight.frame is not None:
-                    tensors[f"{p}.frame"] = torch.frombuffer(bytearray(flight.frame), dtype=torch.uint8)
-                if flight.sent is not None:
-                    tensors[f"{p}.sent"] = flight.sent.clone()
-            meta["slots"].append(entry)
-        return {"meta": meta, "tensors": tensors}
+        return replica_state.state_dict(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, before the first connection. Raises KeyError on another plan's state."""
-        meta, tensors = saved["meta"], saved["tensors"]
-        self.step, self.index, self.incarnation = meta["step"], meta["index"], meta["incarnation"]
-        for slot, entry in zip(self.slots, meta["slots"], strict=True):
-            p = slot.index
-            slot.steps, slot.tokens = entry["steps"], entry["tokens"]
-            if f"{p}.params" in tensors:
-                slot.shard = self._start(tensors[f"{p}.params"])
-                state = {k: tensors[f"{p}.state.{k}"] for k in slot.shard.state}
-                slot.shard.load(tensors[f"{p}.params"], state, entry["version"])
-            if slot.feedback is not None:
-                prefix = f"{p}.feedback."
-                slot.feedback.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                )
-            if "flight" in entry:
-                framed = tensors.get(f"{p}.frame")
-                slot.flight = Flight(**entry["flight"], sent=tensors.get(f"{p}.sent"))
-                slot.flight.frame = framed.numpy().tobytes() if framed is not None else None
+        replica_state.load_state_dict(self, saved)

@@ -184,7 +184,7 @@ class DiLoCo(torch.optim.Optimizer):
 
     def facts(self) -> dict[str, Any]:
         """What this worker last reported about itself, by name."""
-        return {"id": self.replica.worker, **dataclasses.asdict(self.replica.progress)}
+        return {"worker": self.replica.worker, **dataclasses.asdict(self.replica.progress)}
 
     def report(self, **facts: Any) -> None:
         """Put facts (fields of `Progress`: loss, lr, ...) into the next heartbeats."""

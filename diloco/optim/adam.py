@@ -25,4 +25,5 @@ def adam_direction(
     t = state[f"{prefix}step"]
     m: Tensor = state[f"{prefix}exp_avg"].lerp_(g, 1 - b1)
     v: Tensor = state[f"{prefix}exp_avg_sq"].mul_(b2).addcmul_(g, g, value=1 - b2)
-    return m / (1 - b1**t) / (v / (1 - b2**t)).sqrt_().add_(eps)
+    direction: Tensor = m / (1 - b1**t) / (v / (1 - b2**t)).sqrt_().add_(eps)
+    return direction

@@ -133,4 +133,5 @@ class MARS(torch.optim.Optimizer):
         previous: Tensor = state["previous"]
         c = g + weight * (g - previous)
         previous.copy_(g)  # a reference to p.grad would be zeroed with it
-        return c / c.norm().clamp_min(1.0)
+        clipped: Tensor = c / c.norm().clamp_min(1.0)
+        return clipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class MD(torch.optim.Optimizer):
     sqrt(max(r, c)), "init" is sqrt(r c/`d_model`), or a number. No weight decay, no warm-up.
 
     Group options: ``sphere="row"`` keeps every row at norm 1 (embeddings, head, router) and has shape factor 1;
-    ``gains=False`` fixes the gains at 1; `base` and the keywords here. `gain_lr` defaults to lr/10; given, it follows
-    the schedule of lr. Fused `blocks` have a sphere each and share the matrix's gains. State, float32: ``raw_row``
+    ``gains=False`` fixes the gains at 1; `base` and the keywords here. `gain_lr` defaults to lr/10; given, it is the
+    value at the group's first lr and follows its schedule. Fused `blocks` have a sphere each and share the matrix's gains. State, float32: ``raw_row``
     ``[N, r, 1]``, ``raw_col`` ``[N, 1, c]``, Adam moments of both, and the base's.
 
     Raises:
@@ -100,7 +100,8 @@ class MD(torch.optim.Optimizer):
         """Add a group, as torch does; its options are checked first, then its weights are put on their spheres."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_group(group, self.defaults, "MD")
+        check_group(group, (*self.defaults, "peak_lr"), "MD")
+        group.setdefault("peak_lr", float(group["lr"]))
         for key, known in _CHOICES.items():
             if group[key] not in known:
                 raise ConfigError(
@@ -240,7 +241,7 @@ def _gain_rate(group: ParamGroup) -> float:
     lr = float(group["lr"])
     if group["gain_lr"] is None:
         return lr / 10
-    peak = float(group.get("initial_lr", 0.0))
+    peak = float(group["peak_lr"])
     return float(group["gain_lr"]) * (lr / peak if peak > 0 else 1.0)
 
 

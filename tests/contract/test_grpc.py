@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import pytest
@@ -264,10 +264,14 @@ def test_a_new_session_of_a_worker_replaces_the_old_one_without_a_lost(closing: 
 
 
 class Proxy:
-    """A TCP relay to `port` that cuts every connection once `limit` bytes have gone up one of them, one time."""
+    """A TCP relay to `port`. Once `limit` bytes have gone up a connection, it cuts all, one time.
 
-    def __init__(self, port: int, limit: int) -> None:
-        self._port, self._limit = port, limit
+    With `freeze` that connection is not cut but passes nothing on any more.
+    """
+
+    def __init__(self, port: int, limit: int, freeze: bool) -> None:
+        self._port, self._limit, self._freeze = port, limit, freeze
+        self._closing = threading.Event()
         self.cuts = 0
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -295,33 +299,31 @@ class Proxy:
 
     def _copy(self, source: socket.socket, target: socket.socket, up: bool) -> None:
         passed = 0
-        try:
+        with suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(data)
                 passed += len(data)
                 if up and passed > self._limit and not self.cuts:
                     self.cuts += 1
-                    self._cut()
-        except OSError:
-            pass
+                    self._cut((source, target) if self._freeze else ())
+                    if self._freeze:
+                        self._closing.wait()
         for end in (source, target):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
-    def _cut(self) -> None:
+    def _cut(self, spared: tuple[socket.socket, ...] = ()) -> None:
         with self._lock:
             for end in self._sockets:
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                with suppress(OSError):
+                    if end not in spared:
+                        end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._threads[0].join()
+        self._closing.set()
         self._cut()
         for thread in self._threads:
             thread.join()
@@ -329,10 +331,16 @@ class Proxy:
             end.close()
 
 
-def test_an_upload_cut_off_in_the_middle_is_resumed_where_it_stopped(closing: ExitStack) -> None:
-    """All connections break after 6 of 16 MiB: the frame arrives whole, once, and less than half is sent again."""
+@pytest.mark.parametrize(("mib", "freeze"), [(6, False), (6, True), (15.9, True)])
+def test_an_upload_cut_off_in_the_middle_is_resumed_where_it_stopped(
+    closing: ExitStack, mib: float, freeze: bool
+) -> None:
+    """After `mib` of 16 MiB all connections break, or the control's breaks and the data's is stuck.
+
+    The frame arrives whole, and no byte of it is accepted twice.
+    """
     side = serve(closing)
-    proxy = Proxy(side.port, 6 * MIB)
+    proxy = Proxy(side.port, int(mib * MIB), freeze)
     closing.callback(proxy.close)
     connection = dial(closing, proxy.address, chunk_bytes=256 << 10)
     join(connection)
@@ -343,7 +351,7 @@ def test_an_upload_cut_off_in_the_middle_is_resumed_where_it_stopped(closing: Ex
     assert side.message(Contribution).frame == frame
     assert proxy.cuts == 1
     assert side.server.traffic()["ada"][0] == len(frame)  # accepted bytes: none was accepted twice
-    assert connection.traffic()[0] < 1.5 * len(frame)
+    assert connection.traffic()[0] < 2 * len(frame)
 
 
 class RawWorker:
@@ -379,8 +387,11 @@ class RawWorker:
         request = pb.DownloadRequest(session=self.token, key=key, offset=offset, limit=limit)
         return list(self.transfer.Download(request, timeout=WAIT_S))
 
-    def close(self) -> None:
+    def end(self) -> None:
         self._requests.put(None)
+
+    def close(self) -> None:
+        self.end()
         self.channel.close()
 
 
@@ -487,10 +498,15 @@ def test_open_uploads_are_limited_in_bytes_and_abandoned_ones_give_way(raw: tupl
 
 
 def test_transfers_need_the_token_of_a_live_session(raw: tuple[Side, RawWorker]) -> None:
-    _, worker = raw
+    """Not none, not a guess, and not that of a session that has ended."""
+    side, worker = raw
     for token in (b"", b"guess" * 3):
         code, _ = refusal(lambda token=token: worker.begin(GIFT, ref_of("k", FRAME), token))  # type: ignore[misc]
         assert code is grpc.StatusCode.UNAUTHENTICATED
+    worker.end()
+    assert side.next() == Lost("eve")
+    code, _ = refusal(lambda: worker.begin(GIFT, ref_of("k", FRAME)))
+    assert code is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_message_in_another_workers_name_ends_the_session(raw: tuple[Side, RawWorker]) -> None:

@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Make] = {
     "mars-adamw": lambda ps: MARS(ps, lr=0.02),
     "mars-muon": lambda ps: MARS(ps, lr=0.02, base="muon"),
     "snoo-hyperball": lambda ps: SNOO(Hyperball(ps), k=2),
-    "snoo-md": lambda ps: SNOO(MD(ps), k=2),
+    "snoo-md": lambda ps: SNOO(MD(ps, lr=0.005), k=2, momentum=0.5),
     "combined": lambda ps: Combined(Muon(ps[:2], lr=0.02), torch.optim.AdamW(ps[2:], lr=0.02)),
     "snoo-combined": lambda ps: SNOO(
         Combined(Muon(ps[:2], lr=0.02), torch.optim.AdamW(ps[2:], lr=0.02)), k=2
@@ -96,8 +96,9 @@ def test_it_is_deterministic(make: Make) -> None:
 def test_training_makes_progress(make: Make) -> None:
     """The loss of a small smooth problem falls clearly."""
     ps = params()
+    optimizer = make(ps)
     before = float(loss(ps).detach())
-    train(make(ps), ps, 40)
+    train(optimizer, ps, 40)
     assert float(loss(ps).detach()) < 0.9 * before
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diloco.config import RunConfig
 from diloco.errors import ConfigError
 from diloco.optim import SNOO, Combined, Muon, NorMuon, build_optimizer, param_groups
 
@@ -125,7 +126,7 @@ def test_what_cannot_be_grouped_is_refused() -> None:
         param_groups(nn.Linear(3, 3), d_base=4)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "normuon", "hyperball"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_built_optimizer_trains_every_parameter(kind: str, tied: bool) -> None:
     """Two steps of the built optimizer move everything, with SNOO around it too."""
@@ -151,6 +152,7 @@ def test_kinds_choose_their_classes_and_options() -> None:
     assert {g["iteration_dtype"] for g in matrix.param_groups} == {"float32"}
     assert {g["scale"] for g in matrix.param_groups} == {"match_rms"}
     assert {g["betas"] for g in rest.param_groups} == {(0.8, 0.9)}
+    assert isinstance(build_optimizer(net(), RunConfig()), torch.optim.AdamW)
     only = build_optimizer(nn.Linear(3, 3, bias=False), {"kind": "normuon", "variant": "speedrun"})
     assert isinstance(only, NorMuon)
     assert isinstance(build_optimizer(net(), {}), torch.optim.AdamW)

@@ -131,6 +131,15 @@ def test_an_object_with_a_gap_is_not_finished() -> None:
         target.finish(1)
 
 
+def test_a_new_attempt_may_send_again_what_came_ahead_of_a_gap() -> None:
+    target = receiving()
+    target.accept(1, chunk(100, 200))
+    assert target.begin(2) == 0
+    for start in range(0, 200, 50):
+        target.accept(2, chunk(start, start + 50))
+    assert target.finish(2) == DATA
+
+
 def test_a_whole_that_is_wrong_is_refused_and_starts_over() -> None:
     """Each chunk is fine, the announced CRC32C of the whole is another: the next attempt begins at 0."""
     target = receiving(Ref("k", 200, 12345))

@@ -1,0 +1,89 @@
+"""A coordinator rebuilt from its journal: each record repeated in order, each commit checked by its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diloco.comms import downlink, frame
+from diloco.comms.messages import Buffer
+from diloco.coordinator.membership import Member, Status
+from diloco.coordinator.rounds import Committed
+from diloco.errors import StorageError
+from diloco.fragments import FragmentPlan
+
+if TYPE_CHECKING:
+    from diloco.coordinator.state import Coordinator
+
+Record = Mapping[str, Any]
+
+
+def replay(c: Coordinator, records: Sequence[tuple[Record, Sequence[Buffer]]], now: float) -> None:
+    """Repeat the journal's `records` in a fresh coordinator; StorageError if a digest differs."""
+    newest = {r["fragment"]: r["version"] for r, _ in records if r["type"] == "snapshot"}
+    for record, blobs in records:
+        match record["type"]:
+            case "start":
+                c.plan, c.started = FragmentPlan.from_description(record["plan"]), True
+                for first in record["members"]:
+                    _member(c, first, now).cohort = True
+            case "epoch":
+                c.epoch = max(c.epoch, int(record["epoch"]))
+            case "member":
+                _member(c, record, now)
+            case "leave":
+                gone = c.members[record["worker"]]
+                gone.finished = "complete" if record["reason"] == "complete" else ""
+                gone.status, gone.digest = Status.GONE, record["digest"]
+            case "initial":
+                c.begin(int(record["fragment"]), blobs[0])
+            case "commit":
+                _commit(c, record, blobs, newest.get(record["fragment"], 0), now)
+            case "snapshot" if newest[record["fragment"]] == record["version"]:
+                tensors = {n: frame.decode_frame(b)[1] for n, b in zip(record["names"], blobs, strict=True)}
+                c.ledgers[record["fragment"]].load(tensors, int(record["version"]))
+            case "complete":
+                c.complete = True
+    for member in c.members.values():  # leases start anew: nobody could be heard while we were away
+        member.last_seen = now
+        if member.status is not Status.GONE:
+            member.status = Status.ACTIVE
+
+
+def _member(c: Coordinator, record: Record, now: float) -> Member:
+    member = Member(record["worker"], int(record["nonce"]), int(record["incarnation"]), now)
+    member.index = int(record["index"])
+    c.members[member.name] = member
+    return member
+
+
+def _commit(c: Coordinator, record: Record, blobs: Sequence[Buffer], snapshot: int, now: float) -> None:
+    p, version = int(record["fragment"]), int(record["version"])
+    ledger, mode = c.ledgers[p], c.config.codec.down
+    parts: list[downlink.Part] = []
+    if blobs:
+        contributors = zip(record["indices"], record["weights"], blobs, strict=True)
+        parts = [downlink.Part(i, w, b) for i, w, b in contributors]
+    frames: downlink.Frames = ()
+    if parts and version > snapshot:
+        frames = downlink.close(mode, ledger, parts, c.codec, fragment=p, run_id=c.run_hash)
+        if frame.digest(ledger.shard.params) != record["digest"]:
+            raise StorageError(
+                f"journal: repeating commit {version} of fragment {p} gives another digest than it recorded; "
+                "the journal is damaged, or this machine computes differently: restore it from a copy"
+            )
+    elif parts and mode == "relay":
+        frames = tuple((part.index, part.frame) for part in parts)
+    c.account(
+        p,
+        Committed(
+            version,
+            now,
+            tuple(zip(record["indices"], record["weights"], strict=True)),
+            tuple(zip(record["indices"], record["rounds"], strict=True)),
+            record["digest"],
+            frames,
+        ),
+        sum(record["tokens"]),
+        int(record["step"]),
+    )

@@ -1,0 +1,128 @@
+"""What a worker keeps per fragment, and the heavy jobs on it (encode, open, restore) as plain functions.
+
+The state machine that decides when to run them is in `diloco.worker.replica`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from diloco import outer
+from diloco.comms import downlink, frame
+from diloco.comms.codec import Codec
+from diloco.comms.feedback import ErrorFeedback
+from diloco.comms.messages import Commit, Snapshot
+from diloco.config import RunConfig
+from diloco.errors import CorruptDataError
+from diloco.fragments import FragmentPlan
+
+
+class Parameters(Protocol):
+    """The worker's copy of the model, fragment by fragment, as flat fp32 tensors."""
+
+    def read(self, fragment: int) -> Tensor:
+        """A copy of the fragment's current values [numel]."""
+        ...
+
+    def write(self, fragment: int, values: Tensor) -> None: ...
+
+
+@dataclass(slots=True)
+class Flight:
+    """A round of one fragment between its send and its merge."""
+
+    round: int
+    base: int
+    due: int  # the inner step at which it is merged
+    alpha: float
+    steps: int
+    tokens: int
+    sent: Tensor | None = None  # the parameters as they were sent, kept for delay_corrected only
+    delta: Tensor | None = None  # what is to be encoded, until it is
+    frame: bytes | None = None
+    label: tuple[int, int] = (-1, -1)  # index and incarnation in the frame's header
+    since: float = 0.0
+    outcome: str = ""  # "", "merged-in", "left-out", "aborted"
+    overwrite: bool = False  # local values are not fit to keep (non-finite), or are the global ones anyway
+    refused: bool = False  # the coordinator will not have this contribution: do not offer it again
+
+
+@dataclass(slots=True)
+class Slot:
+    """One fragment at this worker. `shard` is the anchor: what the worker last took, or is about to take.
+
+    Once training has begun the anchor moves only while a round is in flight; what arrives between rounds waits.
+    """
+
+    index: int
+    shard: outer.OuterShard | None = None
+    feedback: ErrorFeedback | None = None
+    flight: Flight | None = None
+    steps: int = 0  # inner steps since the last send
+    tokens: int = 0
+    jobs: int = 0  # decode jobs not yet back
+    restoring: bool = False  # the job under way takes a snapshot
+    waiting: dict[int, Commit] = field(default_factory=dict)  # commits to be applied, by version
+    kept: Snapshot | None = None  # a snapshot to be taken, like `waiting`
+    adopt: bool = False  # take the anchor as it is: after the first snapshot
+    broken: bool = False  # a commit could not be applied: only a snapshot helps
+
+    @property
+    def version(self) -> int:
+        return self.shard.version if self.shard else 0
+
+    @property
+    def known(self) -> int:
+        """The newest version that needs nothing more from the coordinator."""
+        version = self.version + (0 if self.restoring else self.jobs)
+        if self.kept is not None:
+            version = max(version, self.kept.version)
+        while version + 1 in self.waiting:
+            version += 1
+        return version
+
+
+def start_shard(config: RunConfig, values: Tensor) -> outer.OuterShard:
+    """A fresh anchor with `values` [n]; with the outer state only where workers step themselves."""
+    o = config.outer
+    optimizer = outer.make(
+        o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
+    )
+    if config.codec.down in downlink.WORKERS_STEP:
+        return outer.OuterShard.start(optimizer, values)
+    return outer.OuterShard(optimizer, values.clone())
+
+
+def apply_commit(slot: Slot, commit: Commit, mode: str, codec: Codec, index: int) -> None:
+    """Move the anchor by one commit. CorruptDataError if that is impossible or gives another digest."""
+    shard, frames, flight = slot.shard, commit.frames, slot.flight
+    assert shard is not None
+    if mode == "relay" and index in dict(commit.weights) and index not in dict(frames):
+        if flight is None or flight.frame is None:
+            raise CorruptDataError(f"fragment {slot.index} version {commit.version}: our own frame is gone")
+        frames = (*frames, (index, flight.frame))
+    downlink.open_commit(mode, shard, frames, commit.weights, codec)
+    if frame.digest(shard.params) != commit.digest:
+        raise CorruptDataError(f"fragment {slot.index} version {commit.version}: digests differ")
+
+
+def shard_of(snapshot: Snapshot, plan: FragmentPlan, config: RunConfig) -> outer.OuterShard:
+    """The anchor that a snapshot describes. CorruptDataError if its size, frames or digest are not right."""
+    if not snapshot.frames:
+        raise CorruptDataError(f"snapshot of fragment {snapshot.fragment} is empty")
+    values = frame.decode_frame(snapshot.frames[0][1])[1]
+    if values.numel() != plan.fragments[snapshot.fragment].numel or frame.digest(values) != snapshot.digest:
+        raise CorruptDataError(f"snapshot of fragment {snapshot.fragment}: size or digest differs")
+    shard = start_shard(config, values)
+    downlink.load_snapshot(shard, snapshot.frames, snapshot.version)
+    return shard
+
+
+def relabelled(framed: bytes, codec: Codec, index: int, incarnation: int) -> bytes:
+    """The same frame as another life of the worker sends it."""
+    header, payload = frame.unpack(framed, codec=codec)
+    return frame.pack(dataclasses.replace(header, worker=index, incarnation=incarnation), payload)
