@@ -64,6 +64,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     demo.add_argument("--fresh", action="store_true", help="start afresh instead of resuming")
     demo.set_defaults(run=_demo)
 
+    plan = commands.add_parser("plan", help="which H, overlap and codec keep a run computing on a given link")
+    plan.add_argument("--params", type=float, metavar="N")
+    plan.add_argument("--step-time", type=float, metavar="SECONDS")
+    plan.add_argument("--link", metavar="RATE", help="such as 200Mbit or 1Gbit")
+    plan.add_argument("--workers", type=int, default=2)
+    plan.add_argument(
+        "--table", choices=["published"], help="the papers' bandwidth tables beside this model's"
+    )
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(run=_plan)
+
     for name, text in (("status", "print a run's state once"), ("top", "watch a run")):
         view = commands.add_parser(name, help=text)
         view.add_argument("--coordinator", required=True, metavar="HOST:PORT")
@@ -229,6 +240,20 @@ def _status(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from diloco.live import render
 
     Console().print(render(facts))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.planning import print_plan, print_published
+
+    if arguments.table:
+        print_published(arguments.json)
+        return 0
+    missing = [n for n in ("params", "step_time", "link") if getattr(arguments, n) is None]
+    if missing:
+        names = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"plan: give {names} too, or --table published")
+    print_plan(arguments.params, arguments.step_time, arguments.link, arguments.workers, arguments.json)
     return 0
 
 

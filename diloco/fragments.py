@@ -104,7 +104,9 @@ class FragmentPlan:
         if not plan.fragments or plan.H < 1 or any(f.numel < 1 for f in plan.fragments):
             raise ConfigError("the fragment plan is empty or has an empty fragment")
         if plan.first_round not in ("short", "full"):
-            raise ConfigError(f"the fragment plan's first_round = {plan.first_round!r} is not 'short' or 'full'")
+            raise ConfigError(
+                f"the fragment plan's first_round = {plan.first_round!r} is not 'short' or 'full'"
+            )
         if any(not 0 <= f.first_step < plan.H for f in plan.fragments):
             raise ConfigError(f"a fragment's first_step lies outside 0..H-1 = {plan.H - 1}")
         _require_whole(plan)

@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {"kernels": 0, "comms": 2, "coordinator": 3, "worker": 3}
-ENTRY_POINTS = {"diloco", "diloco.__main__", "diloco.chaos", "diloco.cli", "diloco.demo", "diloco.live"}
+ENTRY_POINTS = {
+    "diloco",
+    "diloco.__main__",
+    "diloco.chaos",
+    "diloco.cli",
+    "diloco.demo",
+    "diloco.live",
+    "diloco.planning",
+}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 

@@ -1,0 +1,143 @@
+"""One run's configuration: strict keys, overrides, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from diloco.config import RunConfig, warnings
+from diloco.errors import ConfigError
+from diloco.settings import difference, settings_json
+
+
+def test_an_empty_file_gives_the_published_defaults() -> None:
+    """H=30, tau=1, alpha=.5, Nesterov .4/.9, E3M0 in blocks of 256, relay."""
+    c = RunConfig.from_toml("")
+    assert (c.stream.H, c.stream.tau, c.stream.alpha) == (30, 1, 0.5)
+    assert (c.outer.kind, c.outer.lr, c.outer.momentum) == ("nesterov", 0.4, 0.9)
+    assert (c.codec.up, c.codec.block, c.codec.down) == ("e3m0", 256, "relay")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[outer]\nlrr = 1.0", r"'outer\.lrr'; did you mean 'lr'\?"),
+        ("[stream]\nfrag_layer = 3", r"did you mean 'frag_layers'\?"),
+        ("[streem]\nH = 3", r"unknown configuration key 'streem'; did you mean 'stream'\?"),
+        ("[outer]\nqqqqqqqq = 1", r"unknown configuration key 'outer\.qqqqqqqq'$"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest_known_one(text: str, said: str) -> None:
+    """A typing error is an error, with a hint where one is near."""
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.from_toml(text)
+
+
+def test_overrides_win_and_are_read_as_toml_or_words() -> None:
+    """Numbers, booleans, lists and bare words, as people type them on a command line."""
+    c = RunConfig.from_toml(
+        "[stream]\nH = 50",
+        ["stream.H=100", "outer.kind=sgd", "topology.fsync=false", "optim.betas=[0.9, 0.99]", "run.run_id=a-b"],
+    )
+    assert (c.stream.H, c.outer.kind, c.topology.fsync, c.optim.betas) == (100, "sgd", False, (0.9, 0.99))
+    assert c.run.run_id == "a-b"
+
+
+@pytest.mark.parametrize("item", ["stream.H", "H=3", "a.b.c=3", "=3"])
+def test_an_override_of_another_form_is_refused(item: str) -> None:
+    """The form and an example are said."""
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        RunConfig.from_toml("", [item])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stream.H=5", "stream.tau=5"], r"stream\.tau = 5 must be smaller than stream\.H = 5"),
+        (["fault.quorum=3"], r"fault\.quorum = 3 can never be met by topology\.workers = 2"),
+        (["fault.suspect_s=1.0"], r"fault\.suspect_s = 1\.0 must exceed fault\.heartbeat_s"),
+        (["fault.dead_s=5.0"], r"fault\.dead_s = 5\.0 must exceed fault\.suspect_s"),
+        (["codec.block=100"], r"codec\.block = 100 must be a power of two"),
+        (["codec.topk=63"], r"codec\.topk = 63 must be even"),
+        (["stream.alpha=1.5"], r"stream\.alpha = 1\.5"),
+        (["stream.alpha=-0.1"], r"stream\.alpha = -0\.1"),
+        (["outer.momentum=1.0"], r"outer\.momentum = 1\.0"),
+        (["outer.lr=nan"], r"outer\.lr = nan"),
+        (["run.run_id='a/b'"], r"run\.run_id = 'a/b'"),
+        (["stream.H='30'"], r"stream\.H = '30'"),
+        (["stream.H=0"], r"stream\.H = 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_key_and_value(overrides: list[str], said: str) -> None:
+    """Combinations and ranges, before anything starts."""
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.from_toml("", overrides)
+
+
+def test_all_problems_come_in_one_message() -> None:
+    """Nobody should have to fix them one by one."""
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_toml("", ["stream.tau=40", "codec.topk=3", "weights.dylu=true"])
+    for name in ("stream.tau", "codec.topk", "weights.dylu"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "data.noniid=kmeans", "stream.overlap=eager", "stream.overlap=delayed", "stream.overlap=async",
+        "codec.stochastic=true", "fault.late=carry", "weights.mode=shard", "weights.normalize=steps",
+        "weights.dylu=true", "weights.dn_N=4", "topology.kind=dht",
+    ],
+)  # fmt: skip
+def test_an_option_that_is_not_built_is_refused_and_never_ignored(item: str) -> None:
+    """The key, the value and what is offered are named."""
+    with pytest.raises(ConfigError, match=item.split("=")[0].replace(".", r"\.") + r" = .* is not available"):
+        RunConfig.from_toml("", [item])
+
+
+def test_bad_files_are_configuration_errors(tmp_path: Path) -> None:
+    """Not TOML, or not there: said with the path or the position."""
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        RunConfig.from_toml("[[[")
+    with pytest.raises(ConfigError, match="absent.toml"):
+        RunConfig.load(tmp_path / "absent.toml")
+    (tmp_path / "run.toml").write_text("[stream]\nH = 7\n")
+    assert RunConfig.load(tmp_path / "run.toml", ["stream.tau=2"]).stream.H == 7
+
+
+def test_a_configuration_is_frozen() -> None:
+    """A run cannot change under its feet."""
+    with pytest.raises(ValidationError):
+        RunConfig().stream.H = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stream.alpha=1.0"], "stream.alpha = 1 never takes anything in"),
+        (["stream.overlap=none"], "stream.overlap = 'none' means tau = 0"),
+        (["run.inner_steps_total=600"], "outer.momentum = 0.9 with only 20 outer rounds"),
+    ],
+)
+def test_settings_that_are_probably_not_meant_are_warned_about(overrides: list[str], said: str) -> None:
+    """They work, so they are not refused."""
+    assert any(said in line for line in warnings(RunConfig.from_toml("", overrides)))
+
+
+def test_sensible_settings_give_no_warning() -> None:
+    """Silence means something."""
+    quiet = ["run.inner_steps_total=100000", "outer.momentum=0.9"]
+    assert warnings(RunConfig.from_toml("", quiet)) == []
+
+
+def test_shared_settings_are_compared_and_private_ones_are_not() -> None:
+    """A worker's device is its own affair; its outer learning rate is not."""
+    ours = settings_json(RunConfig())
+    assert difference(ours, settings_json(RunConfig.from_toml("", ["train.batch_size=99"]))) is None
+    found = difference(ours, settings_json(RunConfig.from_toml("", ["outer.lr=0.1"])))
+    assert found is not None and found.startswith("outer.lr = 0.1 on the worker and 0.4 in the run")
+    assert difference(ours, "{") == "the worker's settings are not valid JSON"
+    assert difference(ours, "[]") is not None
