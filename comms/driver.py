@@ -48,7 +48,7 @@ class MachineThread:
                 event, at = item
                 for action in self.machine.handle(event, at):
                     self._perform(action)
-        except BaseException as error:  # kept for the owner, who waits on `ended`
+        except BaseException as error:  # noqa: BLE001 - kept for the owner, who waits on `ended`
             self.error = error
         finally:
             self.ended.set()

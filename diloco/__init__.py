@@ -29,7 +29,7 @@ _HOMES = {
     "local": "diloco.coordinator.inprocess",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = ["GPA", "SNOO", "DiLoCo", "DilocoError", "RunConfig", "__version__", "connect", "local"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,7 @@ class Train(Section):
 
 
 class Optim(Section):
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon", "normuon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,11 +148,11 @@ def _require_whole(plan: FragmentPlan) -> None:
         shape, end = parts[0].shape, 0
         if any(d < 1 for d in shape) or any(p.shape != shape for p in parts):
             raise ConfigError(f"the plan's tensor {name!r} has no single valid shape: {shape}")
+        whole = True
         for part in sorted(parts, key=lambda p: p.start):
-            if part.start != end or part.stop <= part.start:
-                break
+            whole = whole and part.start == end < part.stop
             end = part.stop
-        if end != math.prod(shape):
+        if not whole or end != math.prod(shape):
             raise ConfigError(f"the plan does not cover tensor {name!r} of shape {shape} exactly once")
 
 
@@ -229,7 +229,7 @@ def _balanced(shapes: Mapping[str, Sequence[int]], frag_layers: int) -> list[lis
     return [[n for n in shapes if chosen[n] == p] for p in range(count)]
 
 
-_BINS = {
+_BINS: dict[str, Callable[[Mapping[str, Sequence[int]], int], list[list[str]]]] = {
     "strided": lambda shapes, k: _by_block(shapes, k, True),
     "sequential": lambda shapes, k: _by_block(shapes, k, False),
     "balanced": _balanced,

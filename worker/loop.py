@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diloco.comms.machine import Connection
 from diloco.config import RunConfig
 from diloco.errors import NonFiniteError
+from diloco.optim import build_optimizer
 from diloco.schedules import multiplier
 from diloco.worker import checkpoint
 from diloco.worker.data import Corpus, load_corpus
@@ -40,8 +41,11 @@ def make_model(config: RunConfig, vocab_size: int, device: torch.device) -> nn.M
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices decay, gains and embeddings do not."""
-    decay, plain = [], []
+    """The inner optimizer of the configuration. AdamW is torch's fused one; gains and embeddings do not decay."""
+    if config.optim.kind != "adamw":
+        return build_optimizer(model, config.optim)
+    decay: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
@@ -105,7 +109,8 @@ class Trainer:
         try:
             return self._run()
         except Interrupted:
-            return self._interrupted()
+            self._interrupted()
+            return None
 
     def _run(self) -> float | None:
         resumed = self._load()
@@ -128,7 +133,8 @@ class Trainer:
         with (self.folder / "steps.jsonl").open("a", encoding="utf-8") as log:
             while self.optimizer.inner_step < total:
                 if self.stop.is_set():
-                    return self._interrupted()
+                    self._interrupted()
+                    return None
                 loss = self._step()
                 step = self.optimizer.inner_step
                 log.write(

@@ -316,7 +316,7 @@ class DiLoCo(torch.optim.Optimizer):
             with self._changed:
                 self._jobs -= 1
                 self._perform(self.replica.handle(Computed(result), time.monotonic()))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again on the training thread
             self._fail(error)
 
     def _receive(self) -> None:
@@ -330,7 +330,7 @@ class DiLoCo(torch.optim.Optimizer):
                     self.report()
                 with self._changed:
                     self._perform(self.replica.handle(event, time.monotonic()))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again on the training thread
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
