@@ -262,6 +262,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "weights.dn_N": (1,),
     "robust.kind": ("mean",),
     "topology.kind": ("central",),
+    "outer.gradient_clip": (None,),
+    "fault.gamma": (0.9,),
+    "fault.s_max": (1,),
+    "fault.rebase": (True,),
+    "weights.staleness_pow": (0.5,),
+    "weights.dn_c": (0.0,),
+    "robust.trim": (1,),
+    "robust.rho": ("auto",),
+    "robust.iters": (3,),
 }
 
 

@@ -7,12 +7,11 @@ value exactly tau inner steps later, never on arrival: so timing cannot change a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from diloco import outer
 from diloco.comms import downlink, frame
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.machine import (
@@ -31,35 +30,25 @@ from diloco.comms.machine import (
 from diloco.comms.messages import (
     Aborted,
     Commit,
-    Contribution,
     Fetch,
-    Heartbeat,
-    Initial,
-    Join,
     Leave,
     Progress,
     Refused,
     Rejected,
     Resend,
-    Skip,
     Snapshot,
     Waiting,
     Welcome,
 )
 from diloco.config import RunConfig
 from diloco.delta import merge, merge_delay_corrected, pseudo_gradient
-from diloco.errors import CorruptDataError, NonFiniteError, RefusedError
+from diloco.errors import NonFiniteError, RefusedError
 from diloco.fragments import FragmentPlan
-from diloco.settings import settings_json
-from diloco.worker import replica_state
+from diloco.worker import replica_jobs, replica_state
 from diloco.worker.replica_slots import (
     Flight,
     Parameters,
     Slot,
-    apply_commit,
-    relabelled,
-    shard_of,
-    start_shard,
 )
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
@@ -96,38 +85,35 @@ class Replica:
         self.stopped: Stop | None = None
         self.progress = Progress()
         self.rejections: list[Rejected] = []
-        self._next_heartbeat: float | None = None
-        self._now = 0.0
+        self.next_heartbeat: float | None = None
+        self.now = 0.0
 
     # ---- the machine's interface ----
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        self._now = now
+        self.now = now
         if self.stopped is not None:
             return []
         match event:
             case Connected():
                 self.connected = True
-                if self._next_heartbeat is None:  # an answer may be lost: ask again then
-                    self._next_heartbeat = now + self.config.fault.heartbeat_s
-                return [Send(COORDINATOR, self._join())]
+                if self.next_heartbeat is None:  # an answer may be lost: ask again then
+                    self.next_heartbeat = now + self.config.fault.heartbeat_s
+                return [Send(COORDINATOR, replica_jobs.join(self))]
             case Lost():
                 self.connected = False
                 return []
             case Computed(result):
                 return self._computed(result)
             case Tick():
-                return (
-                    self._heartbeat()
-                    if self._next_heartbeat is not None and now >= self._next_heartbeat
-                    else []
-                )
+                due = self.next_heartbeat is not None and now >= self.next_heartbeat
+                return replica_jobs.heartbeat(self) if due else []
             case Received(message=message):
                 return self.receive(message, now)
 
     @property
     def deadline(self) -> float | None:
-        return None if self.stopped is not None else self._next_heartbeat
+        return None if self.stopped is not None else self.next_heartbeat
 
     def check(self) -> None:
         for slot in self.slots:
@@ -165,7 +151,7 @@ class Replica:
 
     def after_step(self, tokens: int, now: float) -> list[Action]:
         """One inner step is done: send the fragments whose turn it is. Then wait while `blocked`, then `merge`."""
-        self._now = now
+        self.now = now
         self.step += 1
         for slot in self.slots:
             slot.steps += 1
@@ -211,7 +197,7 @@ class Replica:
 
     def flush(self, now: float) -> list[Action]:
         """Send every fragment once more and take the result whole, so that the global value covers every step."""
-        self._now = now
+        self.now = now
         actions: list[Action] = []
         everywhere = self.plan.due(self.step) if self.tau == 0 and self.alpha == 0.0 else ()
         for slot in self.slots:
@@ -221,7 +207,7 @@ class Replica:
 
     def leave(self, reason: str) -> list[Action]:
         """Say goodbye until it is heard: `stopped` is set once the coordinator has answered."""
-        self.leaving = Leave(self.worker, self.incarnation, reason, self._progress(), self.digest())
+        self.leaving = Leave(self.worker, self.incarnation, reason, self.current_progress(), self.digest())
         return [Send(COORDINATOR, self.leaving)]
 
     def digest(self) -> str:
@@ -236,81 +222,15 @@ class Replica:
         delta = pseudo_gradient(shard.params, local)
         keep = local if self.config.stream.merge == "delay_corrected" and due > self.step else None
         steps = min(max(1, slot.steps), 4 * self.plan.H)  # more can come together after aborted rounds
-        flight = Flight(number, shard.version, due, alpha, steps, slot.tokens, keep, delta, since=self._now)
+        flight = Flight(number, shard.version, due, alpha, steps, slot.tokens, keep, delta, since=self.now)
         idle = slot.steps == 0 and not bool(delta.any())
         slot.flight, slot.steps, slot.tokens = flight, 0, 0
         if idle:  # a newcomer without work of its own must not dilute the others'
             flight.overwrite, flight.delta = True, None
-            return [*self._answer(slot, flight), *self._open_waiting(slot)]
-        return [Compute(self._encode_job(slot, flight)), *self._open_waiting(slot)]
+            return [*replica_jobs.answer(self, slot, flight), *replica_jobs.open_waiting(self, slot)]
+        return [Compute(replica_jobs.encode_job(self, slot, flight)), *replica_jobs.open_waiting(self, slot)]
 
     # ---- heavy work, run by the driver away from the training thread, in order ----
-
-    def _encode_job(self, slot: Slot, flight: Flight) -> Callable[[], Any]:
-        delta = flight.delta
-        assert delta is not None
-
-        def encode() -> tuple[str, Slot, Flight, bytes | NonFiniteError, tuple[int, int]]:
-            label = (self.index, self.incarnation)
-            try:
-                return "encoded", slot, flight, self._frame(slot, delta, flight, label), label
-            except NonFiniteError as error:
-                return "encoded", slot, flight, error, label
-
-        return encode
-
-    def _frame(self, slot: Slot, delta: Tensor, flight: Flight, label: tuple[int, int]) -> bytes:
-        return frame.encode_frame(
-            slot.feedback or self.codec,
-            delta,
-            fragment=slot.index,
-            round=flight.round,
-            base_version=flight.base,
-            run_id=self.run_hash,
-            worker=label[0],
-            incarnation=label[1],
-            steps=flight.steps,
-            tokens=flight.tokens,
-        )
-
-    def _open_waiting(self, slot: Slot) -> list[Action]:
-        """Take what waits, in order. Only while a round is in flight: nobody else then reads the anchor."""
-        kept = slot.kept
-        if slot.restoring or (kept is not None and slot.jobs):
-            return []
-        if kept is not None and slot.shard is not None and kept.version <= slot.version and not slot.broken:
-            slot.kept = kept = None
-        if kept is not None and (slot.shard is None or slot.adopt or slot.broken or slot.flight is not None):
-            slot.kept, slot.restoring, slot.jobs = None, True, slot.jobs + 1
-            return [Compute(self._restore_job(slot, kept))]
-        if kept is not None or slot.broken:
-            return []
-        actions: list[Action] = []
-        next_version = slot.version + slot.jobs + 1
-        while slot.flight is not None and (commit := slot.waiting.pop(next_version, None)) is not None:
-            slot.jobs += 1
-            next_version += 1
-            actions.append(Compute(self._open_job(slot, commit)))
-        return actions
-
-    def _open_job(self, slot: Slot, commit: Commit) -> Callable[[], Any]:
-        def open_one() -> tuple[str, Slot, Commit, CorruptDataError | None]:
-            try:
-                apply_commit(slot, commit, self.config.codec.down, self.codec, self.index)
-            except (CorruptDataError, KeyError) as error:
-                return "opened", slot, commit, CorruptDataError(str(error))
-            return "opened", slot, commit, None
-
-        return open_one
-
-    def _restore_job(self, slot: Slot, snapshot: Snapshot) -> Callable[[], Any]:
-        def restore() -> tuple[str, Slot, Snapshot, outer.OuterShard | None]:
-            try:
-                return "restored", slot, snapshot, shard_of(snapshot, self.plan, self.config)
-            except (CorruptDataError, ValueError, RuntimeError):
-                return "restored", slot, snapshot, None
-
-        return restore
 
     def _computed(self, result: Any) -> list[Action]:
         kind, slot = result[0], result[1]
@@ -325,7 +245,11 @@ class Replica:
                 slot.broken = True
                 if slot.feedback is not None and self._counts(slot, commit):
                     slot.feedback.commit()
-                return [] if slot.jobs else [Send(COORDINATOR, self._fetch(slot)), *self._open_waiting(slot)]
+                return (
+                    []
+                    if slot.jobs
+                    else [Send(COORDINATOR, self.fetch(slot)), *replica_jobs.open_waiting(self, slot)]
+                )
         else:
             slot.restoring = False
             if result[3] is None:  # damaged: the next heartbeat asks again
@@ -334,7 +258,7 @@ class Replica:
             slot.shard, slot.broken = result[3], False
             self._settle_by_snapshot(slot, result[2])
         slot.waiting = {v: c for v, c in slot.waiting.items() if v > slot.version}
-        return self._open_waiting(slot)
+        return replica_jobs.open_waiting(self, slot)
 
     def _encoded(
         self, slot: Slot, flight: Flight, made: bytes | NonFiniteError, label: tuple[int, int]
@@ -344,41 +268,24 @@ class Replica:
             flight.overwrite = True
         else:
             flight.frame, flight.label = made, label
-        return self._answer(slot, flight) if self.joined else []
+        return replica_jobs.answer(self, slot, flight) if self.joined else []
 
-    def _answer(self, slot: Slot, flight: Flight) -> list[Action]:
-        """What this worker says to the round: its contribution, or that it has none; nothing yet while it is encoded."""
-        if flight.overwrite or flight.refused:
-            flight.since = self._now
-            reason = "nothing of its own" if flight.steps == 0 else "non-finite pseudo-gradient"
-            reason = "refused before" if flight.refused else reason
-            skip = Skip(self.worker, self.incarnation, slot.index, flight.round, reason)
-            return [Send(COORDINATOR, skip)]
-        if flight.frame is None:
-            return []
-        flight.since = self._now
-        here = (self.index, self.incarnation)
-        if flight.label != here:  # the header names the life that sends it
-            flight.frame, flight.label = relabelled(flight.frame, self.codec, *here), here
-        message = Contribution(self.worker, self.incarnation, slot.index, flight.round, flight.frame)
-        return [Send(COORDINATOR, message)]
-
-    def _fetch(self, slot: Slot) -> Fetch:
+    def fetch(self, slot: Slot) -> Fetch:
         return Fetch(self.worker, self.incarnation, slot.index)
 
     # ---- what arrives ----
 
     def receive(self, message: Any, now: float) -> list[Action]:
         """Take a message from the coordinator. Nothing here touches the parameters: `merge` does, when it is time."""
-        self._now = now
+        self.now = now
         match message:
             case Waiting():
                 self.cohort = message
-                self._next_heartbeat = now + self.config.fault.heartbeat_s
+                self.next_heartbeat = now + self.config.fault.heartbeat_s
             case Welcome():
                 return self._welcome(message)
             case Refused("incarnation"):
-                return [Send(COORDINATOR, self._join())] if self.connected else []
+                return [Send(COORDINATOR, replica_jobs.join(self))] if self.connected else []
             case Refused(kind=kind) if self.leaving is not None and kind in ("left", "complete"):
                 self.stopped = Stop(self.leaving.reason)
                 return [self.stopped]
@@ -406,32 +313,22 @@ class Replica:
             case Resend():
                 slot = self.slots[message.fragment]
                 if slot.flight is not None and slot.flight.round == message.round:
-                    return self._answer(slot, slot.flight)
+                    return replica_jobs.answer(self, slot, slot.flight)
             case Snapshot():
                 return self._snapshot(message)
         return []
-
-    def _join(self) -> Join:
-        return Join(
-            worker=self.worker,
-            nonce=self.nonce,
-            run_id=self.config.run.run_id,
-            plan=self.plan.describe(),
-            settings=settings_json(self.config),
-            versions=self.versions(),
-            step=self.step,
-        )
 
     def _welcome(self, message: Welcome) -> list[Action]:
         if self.leaving is not None:
             return [Send(COORDINATOR, self.leaving)]
         fresh = not self.joined
         self.joined, self.index, self.incarnation = True, message.index, message.incarnation
-        self._next_heartbeat = self._now + self.config.fault.heartbeat_s
+        self.next_heartbeat = self.now + self.config.fault.heartbeat_s
         actions: list[Action] = []
         if message.initial:
-            actions += self._give_initial(message)
-        if fresh and self.step == 0:
+            actions += replica_jobs.give_initial(self, message)
+        # A newcomer, or one that was away for longer than a cycle, goes on where the run is: all share one schedule.
+        if fresh and (self.step == 0 or message.step > self.step + self.plan.H):
             self.step = message.step
         for slot in self.slots:
             flight = slot.flight
@@ -439,28 +336,12 @@ class Replica:
             # its last round exactly.
             behind = fresh and flight is None and slot.known + 1 < message.versions[slot.index]
             if slot.shard is None or behind:
-                actions.append(Send(COORDINATOR, self._fetch(slot)))
+                actions.append(Send(COORDINATOR, self.fetch(slot)))
             if flight is not None and not flight.outcome:
                 if fresh and flight.frame is None and flight.delta is not None:
-                    actions.append(Compute(self._encode_job(slot, flight)))
+                    actions.append(Compute(replica_jobs.encode_job(self, slot, flight)))
                 else:
-                    actions += self._answer(slot, flight)
-        return actions
-
-    def _give_initial(self, message: Welcome) -> list[Action]:
-        """This worker's starting values become the run's."""
-        actions: list[Action] = []
-        for slot in self.slots:
-            if slot.shard is None and message.versions[slot.index] == 0:
-                values = self.parameters.read(slot.index)
-                slot.shard = start_shard(self.config, values)
-                if self.config.codec.down == "g_bf16":
-                    slot.shard.params.copy_(values.bfloat16())
-                slot.adopt = True
-            if slot.version == 0 and slot.shard is not None:
-                values = self.parameters.read(slot.index) if slot.adopt else slot.shard.params
-                framed = downlink.value_frame(values, slot.index, 0, self.run_hash, worker=self.index)
-                actions.append(Send(COORDINATOR, Initial(self.worker, self.incarnation, slot.index, framed)))
+                    actions += replica_jobs.answer(self, slot, flight)
         return actions
 
     def _commit(self, message: Commit) -> list[Action]:
@@ -469,14 +350,14 @@ class Replica:
             return []
         slot.waiting[message.version] = message
         if not slot.restoring and slot.known < message.version:  # commits in between never reached us
-            return [Send(COORDINATOR, self._fetch(slot))]
-        return self._open_waiting(slot)
+            return [Send(COORDINATOR, self.fetch(slot))]
+        return replica_jobs.open_waiting(self, slot)
 
     def _snapshot(self, message: Snapshot) -> list[Action]:
         slot = self.slots[message.fragment]
         if slot.kept is None or slot.kept.version <= message.version:
             slot.kept = message
-        return self._open_waiting(slot)
+        return replica_jobs.open_waiting(self, slot)
 
     def _counts(self, slot: Slot, commit: Commit) -> bool:
         return slot.flight is not None and (self.index, slot.flight.round) in commit.rounds
@@ -507,27 +388,7 @@ class Replica:
         if slot.feedback is not None and slot.flight is not None and slot.flight.round == number:
             slot.feedback.rollback()
 
-    def _heartbeat(self) -> list[Action]:
-        self._next_heartbeat = self._now + self.config.fault.heartbeat_s
-        old = self._now - 3 * self.config.fault.heartbeat_s
-        in_flight = tuple(
-            (s.index, f.round)
-            for s in self.slots
-            if (f := s.flight) is not None
-            and not f.outcome
-            and not s.jobs
-            and f.delta is None
-            and f.since <= old
-        )
-        if self.leaving is not None:
-            return [Send(COORDINATOR, self.leaving)]
-        if not self.joined:
-            return [Send(COORDINATOR, self._join())] if self.connected else []
-        beat = Heartbeat(self.worker, self.incarnation, self._progress(), self.versions(), in_flight)
-        lacking = [s for s in self.slots if (s.shard is None or s.broken) and not s.jobs]
-        return [Send(COORDINATOR, beat), *(Send(COORDINATOR, self._fetch(s)) for s in lacking)]
-
-    def _progress(self) -> Progress:
+    def current_progress(self) -> Progress:
         return dataclasses.replace(self.progress, step=self.step)
 
     # ---- checkpoint ----

@@ -255,8 +255,8 @@ class DiLoCo(torch.optim.Optimizer):
         """Continue from `state_dict`; before `join` (construct with ``join=False``)."""
         if self._receiver.ident is not None:
             raise ConfigError("DiLoCo.load_state_dict: construct with join=False, load, then join()")
-        self.optimizer.load_state_dict(state_dict["inner"])
-        self.state = self.optimizer.state
+        self.optimizer.load_state_dict(state_dict["inner"])  # which makes new objects of both:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         self.replica.load_state_dict(state_dict["replica"])
         self.tokens_total = int(state_dict["replica"]["meta"]["tokens"])
 

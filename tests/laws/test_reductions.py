@@ -84,9 +84,7 @@ def test_i2_one_fragment_without_overlap_is_diloco_bit_for_bit() -> None:
 @pytest.mark.parametrize("layout", ["single", "strided", "balanced"])
 def test_i3_one_worker_with_plain_averaging_is_plain_training(layout: str, alpha: float) -> None:
     """M=1, outer SGD with lr 1 and tau 0: whatever the fragments, G is what training alone gives."""
-    c = config(
-        stream={"layout": layout, "tau": 0, "alpha": alpha}, outer=PLAIN, topology={"workers": 1}
-    )
+    c = config(stream={"layout": layout, "tau": 0, "alpha": alpha}, outer=PLAIN, topology={"workers": 1})
     alone = train(ToyModel(plan_of(c), 0), 1, STEPS)
     require_close(result(Cluster(c, flavours=(0,)).run()), flat(c, alone.tensors), 1e-6)
 
@@ -94,9 +92,7 @@ def test_i3_one_worker_with_plain_averaging_is_plain_training(layout: str, alpha
 @pytest.mark.parametrize("tau", [0, 1, 2, 4])
 def test_i3_delay_correction_loses_no_step_for_any_overlap(tau: int) -> None:
     """M=1, lr 1, merge = delay_corrected: plain training again, for every tau."""
-    c = config(
-        stream={"tau": tau, "merge": "delay_corrected"}, outer=PLAIN, topology={"workers": 1}
-    )
+    c = config(stream={"tau": tau, "merge": "delay_corrected"}, outer=PLAIN, topology={"workers": 1})
     alone = train(ToyModel(plan_of(c), 0), 1, STEPS)
     require_close(result(Cluster(c, flavours=(0,)).run()), flat(c, alone.tensors), 1e-6)
 
@@ -222,7 +218,7 @@ def test_i19_a_worker_continues_from_its_checkpoint_bit_for_bit(
                 old.kill()
             ToyModel.train_step(model, number)
 
-        old.model.train_step = step  # type: ignore[method-assign]
+        old.model.train_step = step  # type: ignore[method-assign, assignment]
         cluster.run()
         assert cluster.workers[0].replica.incarnation == 2
         require_same(result(cluster), expected)

@@ -120,7 +120,7 @@ def test_strangers_are_refused_with_a_reason_and_do_not_disturb_the_run(tmp_path
         other_model = cluster.write("tiny.toml", model=model, run={"inner_steps_total": 60})
         begun = time.monotonic()
         refused = [
-            (cluster.worker("big", config=other_model), ["embed.weight", "[256, 128]", "[256, 64]"]),
+            (cluster.worker("big", config=other_model), ["blocks.0.attn_norm.weight", "[128]", "[64]"]),
             (cluster.worker("other", "--outer.lr", "0.11"), ["outer.lr", "0.11", "0.4"]),
             (cluster.worker("lost", "--run.run_id", "elsewhere"), ["run_id", "'elsewhere'", "'r'"]),
         ]

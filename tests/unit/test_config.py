@@ -39,7 +39,13 @@ def test_overrides_win_and_are_read_as_toml_or_words() -> None:
     """Numbers, booleans, lists and bare words, as people type them on a command line."""
     c = RunConfig.from_toml(
         "[stream]\nH = 50",
-        ["stream.H=100", "outer.kind=sgd", "topology.fsync=false", "optim.betas=[0.9, 0.99]", "run.run_id=a-b"],
+        [
+            "stream.H=100",
+            "outer.kind=sgd",
+            "topology.fsync=false",
+            "optim.betas=[0.9, 0.99]",
+            "run.run_id=a-b",
+        ],
     )
     assert (c.stream.H, c.outer.kind, c.topology.fsync, c.optim.betas) == (100, "sgd", False, (0.9, 0.99))
     assert c.run.run_id == "a-b"

@@ -16,7 +16,9 @@ LAYOUTS = ("strided", "sequential", "balanced", "single")
 SHAPES = {"embed": (4, 3), "blocks.0.w": (2, 2), "blocks.1.w": (2, 3), "blocks.2.w": (5,), "norm": (3,)}
 
 names = st.sampled_from(["embed", "head", "norm", *(f"blocks.{i}.{w}" for i in range(7) for w in ("w", "b"))])
-shapes = st.dictionaries(names, st.lists(st.integers(1, 6), min_size=0, max_size=3).map(tuple), min_size=1, max_size=12)
+shapes = st.dictionaries(
+    names, st.lists(st.integers(1, 6), min_size=0, max_size=3).map(tuple), min_size=1, max_size=12
+)
 
 
 def layers(count: int) -> dict[str, tuple[int, ...]]:
@@ -51,7 +53,9 @@ def test_a_description_gives_the_same_plan_back(
 
 
 @given(shapes, st.integers(1, 50), st.integers(0, 300))
-def test_a_fragment_sends_once_in_every_h_steps(drawn: dict[str, tuple[int, ...]], H: int, start: int) -> None:
+def test_a_fragment_sends_once_in_every_h_steps(
+    drawn: dict[str, tuple[int, ...]], H: int, start: int
+) -> None:
     """In any window of H steps after the first turn each fragment is due exactly once, with rounds counting up."""
     plan = build_plan(drawn, H, frag_layers=1)
     window = range(start + H, start + 2 * H)
@@ -82,14 +86,14 @@ def test_offsets_are_the_golden_ones(H: int, blocks: int, expected: list[int]) -
 def test_the_golden_schedule_of_three_fragments() -> None:
     """H=30, P=3: p0 at 30, 60; p1 at 10, 40; p2 at 20, 50; nothing else."""
     plan = build_plan(layers(2), 30, frag_layers=1)
-    sends = [(step, p) for step in range(0, 62) for p in plan.due(step)]
+    sends = [(step, p) for step in range(62) for p in plan.due(step)]
     assert sends == [(10, 1), (20, 2), (30, 0), (40, 1), (50, 2), (60, 0)]
 
 
 def test_a_full_first_round_skips_the_short_one() -> None:
     """first_round = full: fragments with an offset send first after their offset plus H."""
     plan = build_plan(layers(2), 30, frag_layers=1, first_round="full")
-    sends = [(step, p) for step in range(0, 62) for p in plan.due(step)]
+    sends = [(step, p) for step in range(62) for p in plan.due(step)]
     assert sends == [(30, 0), (40, 1), (50, 2), (60, 0)]
 
 
@@ -102,6 +106,7 @@ def test_more_fragments_than_steps_share_steps() -> None:
 def test_blocks_are_dealt_out_or_kept_together() -> None:
     """Strided deals blocks like cards, sequential keeps neighbours; what is outside the blocks comes last."""
     shapes = layers(6)
+
     def blocks(layout: str) -> list[list[int | None]]:
         plan = build_plan(shapes, 30, layout=layout, frag_layers=3)
         return [[block_of(s.name) for s in f.spans] for f in plan.fragments]
@@ -137,7 +142,9 @@ def test_scatter_keeps_dtype_and_is_undone_by_gather() -> None:
         ({"extra": (2,)}, "tensor 'extra' of the worker's model does not exist"),
     ],
 )
-def test_the_difference_of_two_plans_is_said_in_words(change: dict[str, tuple[int, ...] | None], said: str) -> None:
+def test_the_difference_of_two_plans_is_said_in_words(
+    change: dict[str, tuple[int, ...] | None], said: str
+) -> None:
     """The first missing, reshaped or additional tensor is named."""
     theirs = {n: s for n, s in {**SHAPES, **change}.items() if s is not None}
     assert said in build_plan(SHAPES, 30).difference(build_plan(theirs, 30))

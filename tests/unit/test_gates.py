@@ -53,12 +53,17 @@ def test_a_good_contribution_is_decoded() -> None:
 def test_a_header_that_does_not_fit_is_refused(changes: dict[str, int], name: str) -> None:
     """Another run, life, round or fragment, or impossible steps: the field is named."""
     with pytest.raises(CorruptDataError, match=name):
-        check(framed(**changes))
+        check(framed(CODEC, 30, **changes))
 
 
 def test_another_codec_block_or_size_is_refused() -> None:
     """Only what the run's settings say is decoded at all."""
-    for wrong in (framed(codecs.get("fp32")), framed(codecs.get("e3m0", block=32)), framed(numel=29), framed(numel=500)):
+    for wrong in (
+        framed(codecs.get("fp32")),
+        framed(codecs.get("e3m0", block=32)),
+        framed(numel=29),
+        framed(numel=500),
+    ):
         with pytest.raises(CorruptDataError):
             check(wrong)
 

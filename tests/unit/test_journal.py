@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,9 +160,6 @@ def test_a_write_that_fails_half_way_leaves_the_earlier_records_whole(tmp_path: 
 @contextmanager
 def _file_size_limit(path: Path, more: int) -> Iterator[None]:
     """No file may grow by more than `more` bytes beyond the size of `path`."""
-    import resource
-    import signal
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, hard))
