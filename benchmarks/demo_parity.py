@@ -97,7 +97,7 @@ def together(config: RunConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=3.0, help="as in `diloco demo`")
+    parser.add_argument("--minutes", type=float, default=2.0, help="as in `diloco demo`")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="overrides for diloco"
     )

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 def heartbeat(c: Coordinator, member: Member, message: Heartbeat) -> None:
     member.progress, member.versions = message.progress, message.versions
-    if c.plan is None or not c.started or len(message.versions) != len(c.plan.fragments):
+    if c.plan is None or not c.started:
         return
-    if member.status is Status.SYNCING:
-        member.status = Status.ACTIVE
     patience_s = 3 * c.config.fault.heartbeat_s
     if c.seeder() is member and c.now - (c.asked_at or 0.0) > patience_s:
         c.greet(member)
+    if len(message.versions) != len(c.plan.fragments):
+        return
+    if member.status is Status.SYNCING:
+        member.status = Status.ACTIVE
     for fragment, version in enumerate(message.versions):
         done = c.committed.get(fragment)
         quiet_s = 2 * c.config.fault.heartbeat_s

@@ -127,7 +127,8 @@ class CoordinatorService:
         facts = {k: _finite(v) for k, v in dataclasses.asdict(message.progress).items()}
         line = {"t": round(time.monotonic() - self._begun, 3), "worker": message.worker, **facts}
         line["commits"] = self.machine.commits
-        with contextlib.suppress(OSError):  # a full disk may cost points of a chart, never a worker its session
+        # A full disk may cost points of a chart, never a worker its session.
+        with contextlib.suppress(OSError):
             self._series.write(json.dumps(line) + "\n")
             self._series.flush()
 

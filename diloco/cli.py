@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     demo = commands.add_parser("demo", help="a coordinator and workers on this machine, real text, a report")
     demo.add_argument("--workers", type=int, default=2)
-    demo.add_argument("--minutes", type=float, default=3.0, help="about how long to train")
+    demo.add_argument("--minutes", type=float, default=2.0, help="about how long to train")
     demo.add_argument("--fresh", action="store_true", help="start afresh instead of resuming")
     demo.set_defaults(run=_demo)
 

@@ -26,7 +26,8 @@ RUN_DIR = Path("runs") / "demo"
 STEPS_PER_MINUTE = 480  # what two workers do on two ordinary cores
 GRACE_S = 2.5  # between asking a process to stop and ending it
 
-# Settings for a short run: a low outer momentum suits fewer than 200 outer rounds.
+# Settings for a short run: a low outer momentum suits fewer than 200 outer rounds, and "delay_corrected" keeps what
+# a worker learns while its fragment travels.
 TEMPLATE = """\
 [run]
 run_id = "demo"
@@ -54,14 +55,15 @@ warmup = {warmup}
 
 [outer]
 kind = "nesterov"
-lr = 0.7
-momentum = 0.5
+lr = 0.8
+momentum = 0.4
 
 [stream]
-H = 15
+H = 10
 frag_layers = 2
-tau = 1
-alpha = 0.5
+tau = 2
+alpha = 0.0
+merge = "delay_corrected"
 
 [codec]
 up = "e3m0"

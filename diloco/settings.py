@@ -22,11 +22,12 @@ def difference(ours: str, theirs: str) -> str | None:
     """The first setting in which a worker's settings differ from the run's, in words; None if they agree."""
     try:
         a, b = json.loads(ours), json.loads(theirs)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "the worker's settings are not valid JSON"
     for section, keys in a.items():
         for key, value in keys.items():
-            other = b.get(section, {}).get(key) if isinstance(b, dict) else None
+            found = b.get(section) if isinstance(b, dict) else None
+            other = found.get(key) if isinstance(found, dict) else None
             if other != value:
                 return f"{section}.{key} = {other!r} on the worker and {value!r} in the run: use the same configuration"
     return None

@@ -45,11 +45,7 @@ from diloco.delta import merge, merge_delay_corrected, pseudo_gradient
 from diloco.errors import NonFiniteError, RefusedError
 from diloco.fragments import FragmentPlan
 from diloco.worker import replica_jobs, replica_state
-from diloco.worker.replica_slots import (
-    Flight,
-    Parameters,
-    Slot,
-)
+from diloco.worker.replica_slots import Flight, Parameters, Slot
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
 

@@ -151,6 +151,17 @@ def test_a_killed_worker_costs_the_rest_a_bounded_time() -> None:
         assert sum(w.finished for w in cluster.workers) >= 2
 
 
+def test_a_seeder_that_dies_is_replaced_though_messages_are_lost() -> None:
+    """The run waits for the first worker's starting values; when it dies, the next is asked until it has answered."""
+    for seed in range(20):
+        cluster = Cluster(config(), seed=seed, weather=Weather(drop=0.3))
+        cluster.sim.at(0.2 + seed * 0.1, cluster.workers[0].kill)
+        cluster.sim.at(60.0, partial(replace_worker, cluster, 0, 900))  # the start cohort needs its two
+        cluster.run(until_s=1000.0)
+        require_sound(cluster)
+        assert cluster.workers[1].finished
+
+
 def test_a_restarted_worker_joins_again_and_finishes() -> None:
     """A new life under the old name gets the run's values, trains at the run's step and ends with its digest."""
     for seed in range(25):

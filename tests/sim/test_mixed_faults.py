@@ -20,7 +20,7 @@ def fault(cluster: Cluster, source: random.Random, calm: Weather, used: dict[str
     alive = [i for i, w in enumerate(cluster.workers) if w.alive and not w.finished]
     if kind == "crash":
         arm(cluster, source.randrange(8), source.uniform(0.1, 8.0))
-    elif kind == "kill" and len(alive) > 1:
+    elif kind == "kill" and len(alive) > 1 and cluster.coordinator.started:  # else its cohort never fills
         cluster.workers[source.choice(alive)].kill()
     elif kind == "restart" and alive:
         replace_worker(cluster, source.choice(alive), source.randrange(1000, 10**6))

@@ -71,7 +71,11 @@ def test_what_cannot_start_says_why_and_exits_with_its_code(tmp_path: Path) -> N
                     "0.0.0.0",
                     "reachable from other machines",
                 ),
-                (cluster.start("status", "status", "--coordinator", cluster.address), cluster.address, "running"),
+                (
+                    cluster.start("status", "status", "--coordinator", cluster.address),
+                    cluster.address,
+                    "running",
+                ),
             ],
         }
         for code, processes in cases.items():
@@ -126,6 +130,7 @@ def test_strangers_are_refused_with_a_reason_and_do_not_disturb_the_run(tmp_path
         ]
         second = cluster.coordinator("--resume", listen="127.0.0.1:0")
         fresh = cluster.coordinator(listen="127.0.0.1:0")
+        same_port = cluster.coordinator("--run.run_id", "another")
         _send_bad_frames(cluster)
         for process, words in refused:
             assert process.wait() == 3, process.text
@@ -135,6 +140,7 @@ def test_strangers_are_refused_with_a_reason_and_do_not_disturb_the_run(tmp_path
         for process in (second, fresh):
             assert process.wait() == 4, process.text
             assert "another coordinator" in process.text
+        assert same_port.wait() == 4 and "port is taken" in same_port.text, same_port.text
         status = wait_for("an answer", cluster.status)
         assert status["rejections"]["corrupt"] == 3 and status["rejections"]["join_plan"] == 1
     again = cluster.coordinator()
@@ -201,7 +207,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of `size` at `folder`; skips where it cannot be made."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     try:
         yield

@@ -57,7 +57,7 @@ def _config(folder: Path, **codec: str) -> RunConfig:
 
 def _train(config: RunConfig, folder: Path, stops: list[int]) -> dict[str, Tensor]:
     """Train to the end with a new Trainer after each of `stops`; the tensors of the final checkpoint."""
-    hub = local_hub(config)
+    hub, tensors = local_hub(config), dict[str, Tensor]()
     try:
         for step in [*stops, STEPS]:
             stop = StopAt(step) if step < STEPS else threading.Event()
@@ -70,15 +70,18 @@ def _train(config: RunConfig, folder: Path, stops: list[int]) -> dict[str, Tenso
             assert (final is None) == (step < STEPS)
             found = checkpoint.load(folder / "workers" / "w0" / "checkpoint")
             assert found is not None and found[1]["replica"]["step"] == step
+            tensors, meta = found
             if step in stops:
-                assert any("flight" in slot for slot in found[1]["replica"]["slots"]), "nothing was in flight"
-        return found[0]
+                assert any("flight" in slot for slot in meta["replica"]["slots"]), "nothing was in flight"
+        return tensors
     finally:
         hub.close()
 
 
 @pytest.mark.parametrize(
-    "codec", [{"up": "e3m0", "down": "relay"}, {"up": "int4", "down": "q4_ef", "ef": "on"}], ids=["relay", "q4_ef"]
+    "codec",
+    [{"up": "e3m0", "down": "relay"}, {"up": "int4", "down": "q4_ef", "ef": "on"}],
+    ids=["relay", "q4_ef"],
 )
 def test_stopping_with_a_fragment_in_flight_changes_no_bit(tmp_path: Path, codec: dict[str, str]) -> None:
     """12 steps, checkpoint, new process state, 12 steps = 24 steps: parameters, anchors, inner state, residuals.

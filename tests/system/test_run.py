@@ -92,7 +92,7 @@ def test_all_replicas_end_bit_identical(finished: Finished) -> None:
 def test_the_final_checkpoint_holds_exactly_the_parameters_of_the_global_digest(finished: Finished) -> None:
     """The digest computed anew from the file, tensor by tensor along the plan, is the reported one."""
     path = finished.cluster.run_dir / "checkpoint" / "model.safetensors"
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     plan = _plan(finished.cluster)
     found = frame.model_digest(frame.digest(gather(f, tensors)) for f in plan.fragments)
@@ -146,7 +146,11 @@ def _expected_bytes(cluster: Cluster) -> tuple[int, int]:
     mode = config.codec.down
     states = len(outer.Nesterov(lr=1.0, momentum=0.5).init(torch.zeros(1)))
     begin = values * (1 + states if mode in downlink.WORKERS_STEP else 1)  # the second worker's snapshot
-    each = {"relay": answers, "q4_ef": answers, "g_fp32": sum(frame.frame_size(fp32, sizes[p]) for p in commits)}
+    each = {
+        "relay": answers,
+        "q4_ef": answers,
+        "g_fp32": sum(frame.frame_size(fp32, sizes[p]) for p in commits),
+    }
     return up, begin + 2 * each[mode]
 
 

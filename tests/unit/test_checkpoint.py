@@ -108,7 +108,10 @@ def test_an_optimizer_continues_bit_for_bit_from_its_flattened_state(tmp_path: P
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
-        groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "weight_decay": 0.0}]
+        groups = [
+            {"params": [model.weight], "weight_decay": 0.1},
+            {"params": [model.bias], "weight_decay": 0.0},
+        ]
         if kind == "adamw":
             return model, torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9))
         return model, torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)

@@ -145,5 +145,7 @@ def test_shared_settings_are_compared_and_private_ones_are_not() -> None:
     assert difference(ours, settings_json(RunConfig.from_toml("", ["train.batch_size=99"]))) is None
     found = difference(ours, settings_json(RunConfig.from_toml("", ["outer.lr=0.1"])))
     assert found is not None and found.startswith("outer.lr = 0.1 on the worker and 0.4 in the run")
+    for garbage in ("[]", "3", '{"outer": 3}', '{"outer": null}'):
+        assert " = None on the worker" in str(difference(ours, garbage))
+    assert difference(ours, "[" * 100_000) == "the worker's settings are not valid JSON"
     assert difference(ours, "{") == "the worker's settings are not valid JSON"
-    assert difference(ours, "[]") is not None

@@ -105,7 +105,9 @@ def test_bulk_data_of_the_wrong_size_is_an_error(tmp_path: Path) -> None:
 def test_a_snapshot_removes_older_bulk_data_and_keeps_what_a_restart_needs(tmp_path: Path) -> None:
     """Starting values, the snapshot, its commit and everything newer stay; other fragments are not touched."""
     other = _commit(1, fragment=1)
-    _write(tmp_path, INITIAL, other, _commit(1), _commit(2), _commit(3), _commit(3, kind="snapshot"), _commit(4))
+    _write(
+        tmp_path, INITIAL, other, _commit(1), _commit(2), _commit(3), _commit(3, kind="snapshot"), _commit(4)
+    )
     found = _read(tmp_path)
     empty = [(r["type"], r["fragment"], r.get("version")) for r, blobs in found if not blobs]
     assert empty == [("commit", 0, 1), ("commit", 0, 2)]
@@ -124,9 +126,8 @@ def test_compaction_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 def test_two_coordinators_cannot_write_one_journal(tmp_path: Path) -> None:
     """The second is told so; once the first has ended, its journal can be opened."""
-    with _open(tmp_path):
-        with pytest.raises(EnvironmentProblem, match="another coordinator"):
-            open_journal(tmp_path, resume=True)
+    with _open(tmp_path), pytest.raises(EnvironmentProblem, match="another coordinator"):
+        open_journal(tmp_path, resume=True)
     _write(tmp_path, INITIAL)
 
 
@@ -151,7 +152,10 @@ def test_a_write_that_fails_half_way_leaves_the_earlier_records_whole(tmp_path: 
     """The disk takes a part of the line and no more: nothing of it stays, and the message says what to do."""
     with _open(tmp_path) as journal:
         journal.append(INITIAL)
-        with pytest.raises(StorageError, match="free space"), _file_size_limit(tmp_path / "journal.jsonl", 40):
+        with (
+            pytest.raises(StorageError, match="free space"),
+            _file_size_limit(tmp_path / "journal.jsonl", 40),
+        ):
             journal.append(Persist({"type": "note", "text": "x" * 1000}))
         journal.append(_commit(1))
     assert [record["type"] for record, _ in _read(tmp_path)] == ["initial", "commit"]
