@@ -61,7 +61,9 @@ class ToyModel:
 class ToyWorker:
     """Drives a Replica through a whole run inside a simulation."""
 
-    def __init__(self, sim: Simulation, name: str, c: RunConfig, *, flavour: int, step_s: float = 1.0, nonce: int = 1):
+    def __init__(
+        self, sim: Simulation, name: str, c: RunConfig, *, flavour: int, step_s: float = 1.0, nonce: int = 1
+    ):
         self.sim, self.name, self.config, self.step_s = sim, name, c, step_s
         self.plan = plan_of(c)
         self.model = ToyModel(self.plan, flavour)
@@ -132,7 +134,9 @@ class Disk:
 class Cluster:
     """One coordinator and its workers on one virtual network."""
 
-    def __init__(self, c: RunConfig, *, seed: int = 0, weather: Weather | None = None, flavours: Sequence[int] = (0, 1)):
+    def __init__(
+        self, c: RunConfig, *, seed: int = 0, weather: Weather | None = None, flavours: Sequence[int] = (0, 1)
+    ):
         self.config = c
         self.sim = Simulation(seed, weather)
         self.disk = Disk()
@@ -144,7 +148,10 @@ class Cluster:
         ]
 
     def run(self, until_s: float = 5000.0) -> Cluster:
-        self.sim.run(until_s, lambda: self.coordinator.complete and all(w.finished or not w.alive for w in self.workers))
+        self.sim.run(
+            until_s,
+            lambda: self.coordinator.complete and all(w.finished or not w.alive for w in self.workers),
+        )
         return self
 
     def restart_coordinator(self) -> None:

@@ -27,6 +27,7 @@ from diloco.worker.session import ModelParameters
 from tests.processes import SLOW, Cluster, assert_all_identical, assert_versions_have_no_gap, wait_for
 
 M = TypeVar("M")
+LENGTH = 300  # inner steps: half a minute while the model is slow
 
 POISON = """\
 import torch
@@ -91,7 +92,7 @@ def test_what_cannot_start_says_why_and_exits_with_its_code(tmp_path: Path) -> N
 @contextmanager
 def _running(folder: Path, **sections: dict[str, Any]) -> Iterator[Cluster]:
     """A run of two workers, held back until the block ends; then it must complete as if nothing had happened."""
-    with Cluster(folder, model=SLOW, run={"inner_steps_total": 60}, **sections) as cluster:
+    with Cluster(folder, model=SLOW, run={"inner_steps_total": LENGTH}, **sections) as cluster:
         cluster.slow(True)
         coordinator = cluster.coordinator()
         everyone = (coordinator, *(cluster.worker(f"w{i}") for i in range(2)))
@@ -121,7 +122,7 @@ def test_strangers_are_refused_with_a_reason_and_do_not_disturb_the_run(tmp_path
     """
     with _running(tmp_path) as cluster:
         model = {"preset": "tiny", "sequence_length": 32}
-        other_model = cluster.write("tiny.toml", model=model, run={"inner_steps_total": 60})
+        other_model = cluster.write("tiny.toml", model=model, run={"inner_steps_total": LENGTH})
         begun = time.monotonic()
         refused = [
             (cluster.worker("big", config=other_model), ["blocks.0.attn_norm.weight", "[128]", "[64]"]),

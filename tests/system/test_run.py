@@ -20,6 +20,7 @@ from diloco.fragments import FragmentPlan, gather
 from tests.processes import SLOW, Cluster, assert_all_identical, assert_versions_have_no_gap, wait_for
 from tests.proxy import CountingProxy
 
+STEPS = 150  # of which the first ones are slow, while the run is looked at
 REPORT_KEYS = {
     "tokens", "train_seconds", "eval_loss_start", "eval_loss_end", "commits", "workers", "global_digest", "bytes_up",
     "bytes_down", "bytes_data_parallel", "compute_utilisation", "exposed_comm_seconds", "hidden_comm_seconds",
@@ -58,7 +59,7 @@ def _run(folder: Path, **sections: dict[str, Any]) -> Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    yield _run(tmp_path_factory.mktemp("run"), run={"inner_steps_total": 60})
+    yield _run(tmp_path_factory.mktemp("run"), run={"inner_steps_total": STEPS})
 
 
 def _plan(cluster: Cluster) -> FragmentPlan:
@@ -76,7 +77,7 @@ def test_the_report_has_every_documented_key_and_counts_every_token(finished: Fi
     assert report.keys() >= REPORT_KEYS
     assert all(w.keys() >= {"id", "steps", "tokens", "digest", "live"} for w in report["workers"])
     assert [w["id"] for w in report["workers"]] == ["w0", "w1"]
-    assert report["tokens"] == 2 * 60 * 4 * 32
+    assert report["tokens"] == 2 * STEPS * 4 * 32
     assert report["eval_loss_end"] < report["eval_loss_start"] - 0.5
     assert 0 < report["compute_utilisation"] <= 1
     assert report["bytes_data_parallel"] > report["bytes_up"] + report["bytes_down"]
@@ -120,7 +121,7 @@ def test_status_shows_a_run_while_it_goes_on(finished: Finished) -> None:
     status = finished.status
     assert status.keys() >= {"run_id", "commits", "inner_step", "members", "epoch"}
     assert status["run_id"] == "r" and status["epoch"] == 1 and status["commits"] >= 1
-    assert 0 < status["inner_step"] < 60
+    assert 0 < status["inner_step"] < STEPS
     assert [m["id"] for m in status["members"]] == ["w0", "w1"]
     for member in status["members"]:
         assert member.keys() >= {"id", "state", "incarnation", "versions"}
@@ -171,7 +172,7 @@ def test_reported_bytes_equal_the_formulas_and_what_passed_the_sockets(finished:
 @pytest.mark.parametrize("down", ["q4_ef", "g_fp32"])
 def test_bytes_match_in_other_downlink_modes(tmp_path: Path, down: str) -> None:
     """One shared frame per commit comes down: requantised with q4_ef, fp32 parameters with g_fp32."""
-    finished = _run(tmp_path, run={"inner_steps_total": 60}, codec={"down": down})
+    finished = _run(tmp_path, run={"inner_steps_total": STEPS}, codec={"down": down})
     assert finished.codes == [0, 0, 0]
     _assert_bytes_match(finished)
     assert_all_identical(finished.cluster.report)
