@@ -7,10 +7,11 @@ from diloco.comms.machine import Connection
 from diloco.errors import ConfigError
 
 
-def connect(url: str) -> Connection:
+def connect(url: str, *, channels: int = 1) -> Connection:
     """A connection to "grpc://host:port[,host:port]" or "host:port"; it connects, and reconnects, by itself.
 
-    With several addresses the next one is tried when one does not answer. Raises ConfigError for anything else.
+    With several addresses the next one is tried when one does not answer. `channels` is the number of TCP connections
+    that share the chunks of an object: 8 pay on a lossy path, 4 on a long fast one. Raises ConfigError.
     """
     scheme, separator, rest = url.rpartition("://")
     if separator and scheme != "grpc":
@@ -25,4 +26,4 @@ def connect(url: str) -> Connection:
             raise ConfigError(f"coordinator: {url!r}: port 0 cannot be connected to")
     from diloco.comms.grpc_client import GrpcConnection  # keeps gRPC out of processes that never connect
 
-    return GrpcConnection(addresses)
+    return GrpcConnection(addresses, channels=channels)

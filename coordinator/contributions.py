@@ -66,16 +66,17 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
         reason = f"fragment {p}: base version {base} is newer than any commit here ({version})"
         c.send(member.name, Refused("corrupt", reason))
     elif base < version:
+        member.lagging.discard(p)  # it works again: the next round waits for it
         c.reject(member, p, number, "late")
         c.send_commit(member, p)
     else:
         open_round = c.rounds.setdefault(p, Round(c.now))
-        member.lagging = False
+        member.lagging.discard(p)
         open_round.skipped.pop(member.index, None)
         if member.index not in open_round.answers or open_round.answers[member.index].round < number:
             header = checked.header
             open_round.answers[member.index] = Answer(member.index, number, header.tokens, message.frame)
-            if not open_round.waits_for(c.expected()):
+            if not open_round.waits_for(c.expected(p)):
                 c.arrivals.learn(open_round.opened, c.now)
 
 
@@ -125,9 +126,8 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
     if done.version % c.config.topology.checkpoint_every_commits == 0:
         c.actions.append(snapshot_record(p, ledger, c.run_hash))
     for member in c.by_index():
-        member.lagging = member.lagging or (
-            member.status is Status.ACTIVE and not open_round.has(member.index)
-        )
+        if member.status is Status.ACTIVE and not open_round.has(member.index) and p not in member.lagging:
+            member.lagging = set(c.ledgers)
         if member.live:
             c.send_commit(member, p)
 

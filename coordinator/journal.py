@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,9 @@ class Journal:
         except OSError as error:
             os.close(self._lock)
             raise StorageError(f"cannot open the journal {str(self._path)!r}: {error.strerror}") from None
+        if fsync:  # the names of new files and folders must survive a power loss as well
+            _fsync_folder(folder)
+            _fsync_folder(folder.parent)
         self._count = 0
 
     @property
@@ -151,7 +155,7 @@ class Journal:
             return []
         path = self._blobs / str(listed["file"])
         try:
-            data = memoryview(path.read_bytes())
+            data = _mapped(path)
         except FileNotFoundError:
             return []
         if len(data) != sum(listed["sizes"]):
@@ -187,6 +191,14 @@ def open_journal(folder: Path, *, resume: bool, fsync: bool = True) -> Journal:
             f"{str(folder)!r} holds the journal of an earlier run: continue it with --resume, or use another run.run_id"
         )
     return journal
+
+
+def _mapped(path: Path) -> memoryview:
+    """A file's bytes without reading them all into memory: a journal may hold many rounds of a large model."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _write_all(handle: int, data: Buffer) -> None:

@@ -31,9 +31,10 @@ class Member:
     last_seen: float
     status: Status = Status.JOINING
     index: int = -1
-    # Left out of a committed round: not waited for until it contributes again, so that a hung trainer
-    # with a live heartbeat costs the others one grace period, once.
-    lagging: bool = False
+    # Fragments whose rounds do not wait for this member. Left out of one commit it is waited for in none, so that
+    # a hung trainer with a live heartbeat costs the others one grace period, once; each fragment for which it
+    # sends again, be it too late, waits for it again, so that it finds back into the rounds.
+    lagging: set[int] = field(default_factory=set)
     cohort: bool = False  # in its first life, and here since the start
     finished: str = ""
     digest: str = ""

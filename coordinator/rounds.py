@@ -86,4 +86,4 @@ class Arrivals:
         """How long a round with a quorum waits for the rest."""
         if fault.fixed_grace_s is not None:
             return fault.fixed_grace_s
-        return max(GRACE_FLOOR_S, 3.0 * self.spread_s)
+        return min(fault.round_timeout_s, max(GRACE_FLOOR_S, 3.0 * self.spread_s))

@@ -282,7 +282,7 @@ class Coordinator:
 
     def _judge(self, p: int) -> None:
         open_round, fault = self.rounds[p], self.config.fault
-        expected = self.expected()
+        expected = self.expected(p)
         quorum = fault.quorum or max(1, -(-len(expected) // 2))
         grace = self.arrivals.grace_s(fault)
         verdict = open_round.judge(expected, quorum, grace, fault.round_timeout_s, self.now)
@@ -332,8 +332,9 @@ class Coordinator:
                 if seeder is not None:
                     self.greet(seeder)
 
-    def expected(self) -> list[int]:
-        return [m.index for m in self.by_index() if m.status is Status.ACTIVE and not m.lagging]
+    def expected(self, p: int) -> list[int]:
+        """Whom a round of fragment `p` waits for, by worker index."""
+        return [m.index for m in self.by_index() if m.status is Status.ACTIVE and p not in m.lagging]
 
     def _forget_answers(self, member: Member) -> None:
         """A new life begins: what the old one sent to rounds that are still open is taken back."""

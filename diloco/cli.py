@@ -55,6 +55,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     worker.add_argument("config", metavar="RUN.toml")
     worker.add_argument("--coordinator", required=True, metavar="HOST:PORT[,HOST:PORT]")
     worker.add_argument("--id", metavar="NAME", help="a lasting name; default: host name and process id")
+    worker.add_argument(
+        "--connections", type=int, default=1, metavar="K", help="TCP connections that share the data"
+    )
     worker.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
     worker.set_defaults(run=_worker)
 
@@ -187,7 +190,7 @@ def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = RunConfig.load(arguments.config, overrides)
     name = arguments.id or f"{os.uname().nodename}-{os.getpid()}"
     stop = _stop_on_signals()
-    connection = connect(arguments.coordinator)
+    connection = connect(arguments.coordinator, channels=arguments.connections)
     trainer = None
     try:
         trainer = Trainer(config, connection, name=name, run_dir=_run_dir(config), stop=stop, say=_say)

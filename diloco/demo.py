@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +25,7 @@ from diloco.live import render
 RUN_DIR = Path("runs") / "demo"
 STEPS_PER_MINUTE = 480  # what two workers do on two ordinary cores
 GRACE_S = 2.5  # between asking a process to stop and ending it
+MAX_RESTARTS = 10  # of killed processes, in one demo
 
 # Settings for a short run: a low outer momentum suits fewer than 200 outer rounds, and "delay_corrected" keeps what
 # a worker learns while its fragment travels.
@@ -111,13 +112,12 @@ def prepare(text: str, overrides: Sequence[str], fresh: bool) -> bool:
     if resume:
         print(f"resuming the unfinished run in {RUN_DIR}/ (--fresh starts afresh)")
         return True
-    why = (
-        "asked for"
-        if fresh
-        else "the last run is complete"
-        if started and not unfinished
-        else "other settings"
-    )
+    if fresh:
+        why = "asked for"
+    elif not started:
+        why = "the last run never began"
+    else:
+        why = "the last run is complete" if not unfinished else "other settings"
     print(f"starting afresh in {RUN_DIR}/" + (f" ({why})" if RUN_DIR.exists() else ""))
     try:
         shutil.rmtree(RUN_DIR, ignore_errors=True)
@@ -130,38 +130,60 @@ def prepare(text: str, overrides: Sequence[str], fresh: bool) -> bool:
 
 
 class _Processes:
-    """The demo's children, each with a log of its own in runs/demo/logs/."""
+    """The demo's children by name, each with a log of its own in runs/demo/logs/."""
 
     def __init__(self, workers: int, overrides: Sequence[str], resume: bool) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
-        self.config = str(RUN_DIR / "run.toml")
-        self.overrides = [f"--{item}" for item in overrides]
-        self._logs: list[IO[bytes]] = []
-        flags = ["--resume"] if resume else []
-        self.coordinator = self._spawn(
-            "coordinator", ["coordinator", self.config, "--listen", self.address, *flags]
-        )
-        self.workers = [
-            self._spawn(f"w{i}", ["worker", self.config, "--coordinator", self.address, "--id", f"w{i}"])
-            for i in range(workers)
-        ]
+        config, extra = str(RUN_DIR / "run.toml"), [f"--{item}" for item in overrides]
+        self._commands = {"coordinator": ["coordinator", config, "--listen", self.address, *extra]}
+        for i in range(workers):
+            self._commands[f"w{i}"] = [
+                "worker",
+                config,
+                "--coordinator",
+                self.address,
+                "--id",
+                f"w{i}",
+                *extra,
+            ]
+        self._logs = {name: (RUN_DIR / "logs" / f"{name}.log").open("ab") for name in self._commands}
+        self._restarts = 0
+        self.running = {name: self._spawn(name, resume) for name in self._commands}
 
-    def _spawn(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-        log = (RUN_DIR / "logs" / f"{name}.log").open("ab")
-        self._logs.append(log)
-        command = [sys.executable, "-m", "diloco", *arguments, *self.overrides]
+    def _spawn(self, name: str, resume: bool) -> subprocess.Popen[bytes]:
+        flags = ["--resume"] if resume and name == "coordinator" else []
         # A session of its own: Ctrl+C reaches this process, which stops the others in order.
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "diloco", *self._commands[name], *flags],
+            stdout=self._logs[name],
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
-    def failed(self) -> str | None:
-        """The name of a process that ended badly, or None."""
-        named = {"coordinator": self.coordinator, **{f"w{i}": p for i, p in enumerate(self.workers)}}
-        return next((name for name, p in named.items() if p.poll() not in (None, 0)), None)
+    @property
+    def done(self) -> bool:
+        """The coordinator has ended the run."""
+        return self.running["coordinator"].poll() == 0
+
+    def tend(self) -> tuple[list[str], str | None]:
+        """Start again what was killed; returns the names restarted, and that of a process that failed by itself."""
+        restarted: list[str] = []
+        for name, process in self.running.items():
+            code = process.poll()
+            if code is None or code == 0:
+                continue
+            if code > 0 or self._restarts >= MAX_RESTARTS:
+                return restarted, name
+            self._restarts += 1
+            self.running[name] = self._spawn(name, resume=True)
+            restarted.append(name)
+        return restarted, None
 
     def end(self) -> None:
         """Workers first, so that they can say goodbye; then the coordinator. At most 3 seconds in all."""
         limit = time.monotonic() + GRACE_S
-        for group in (self.workers, [self.coordinator]):
+        workers = [process for name, process in self.running.items() if name != "coordinator"]
+        for group in (workers, [self.running["coordinator"]]):
             for process in group:
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)
@@ -172,7 +194,7 @@ class _Processes:
                     process.kill()
                     process.wait()
             limit += 0.4
-        for log in self._logs:
+        for log in self._logs.values():
             log.close()
 
 
@@ -188,32 +210,27 @@ def _watch(processes: _Processes) -> int:
         signal.signal(number, interrupt)
     console = Console()
     live = Live(console=console, refresh_per_second=4, transient=False)
-    shown: dict[str, Any] = {}
     last_line = 0.0
     with live:
-        while processes.coordinator.poll() is None and not stop.is_set():
+        while not processes.done and not stop.is_set():
             facts = fetch_status(processes.address, 1.0)
-            if facts is not None:
-                shown = facts
-                live.update(render(facts)) if console.is_terminal else None
-                if not console.is_terminal and time.monotonic() - last_line > 10:
-                    last_line = time.monotonic()
-                    console.print(_line(facts))
-            if (name := processes.failed()) is not None:
-                console.print(f"[red]{name} failed[/]: see {RUN_DIR}/logs/{name}.log")
+            if facts is not None and console.is_terminal:
+                live.update(render(facts))
+            elif facts is not None and time.monotonic() - last_line > 10:
+                last_line = time.monotonic()
+                console.print(_line(facts))
+            restarted, failed = processes.tend()
+            for name in restarted:
+                console.print(f"{name} was killed: started again")
+            if failed is not None:
+                console.print(f"[red]{failed} failed[/]: see {RUN_DIR}/logs/{failed}.log")
                 return 1
             stop.wait(0.5)
     if stop.is_set():
         console.print(f"stopping; `diloco demo` continues the run in {RUN_DIR}/")
         return 130
-    code = processes.coordinator.wait()
-    if code == 0:
-        _summary(console)
-    else:
-        console.print(
-            f"[red]the coordinator ended with exit code {code}[/]: see {RUN_DIR}/logs/coordinator.log"
-        )
-    return code if shown or code else 1
+    _summary(console)
+    return 0
 
 
 def _line(facts: dict[str, Any]) -> str:

@@ -328,10 +328,13 @@ class Replica:
             self.step = message.step
         for slot in self.slots:
             flight = slot.flight
-            # One version behind is what a resend cures, and a worker back from its checkpoint then repeats
-            # its last round exactly.
-            behind = fresh and flight is None and slot.known + 1 < message.versions[slot.index]
-            if slot.shard is None or behind:
+            # One version behind is what a resend cures, and a worker back from its checkpoint then repeats its
+            # last round exactly. Further behind it is a newcomer: its old weights would pull the run back.
+            held = slot.known if flight is None else flight.base
+            if fresh and slot.shard is not None and held + 1 < message.versions[slot.index]:
+                slot.forget()
+                flight = None
+            if slot.shard is None:
                 actions.append(Send(COORDINATOR, self.fetch(slot)))
             if flight is not None and not flight.outcome:
                 if fresh and flight.frame is None and flight.delta is not None:

@@ -135,8 +135,8 @@ def give_initial(r: Replica, message: Welcome) -> list[Action]:
                 slot.shard.params.copy_(values.bfloat16())
             slot.adopt = True
         if slot.version == 0 and slot.shard is not None:
-            values = r.parameters.read(slot.index) if slot.adopt else slot.shard.params
-            framed = downlink.value_frame(values, slot.index, 0, r.run_hash, worker=r.index)
+            # The anchor, rounded where the downlink rounds: a repeated offer must have the same bits as the first.
+            framed = downlink.value_frame(slot.shard.params, slot.index, 0, r.run_hash, worker=r.index)
             actions.append(Send(COORDINATOR, Initial(r.worker, r.incarnation, slot.index, framed)))
     return actions
 

@@ -75,6 +75,14 @@ class Slot:
     def version(self) -> int:
         return self.shard.version if self.shard else 0
 
+    def forget(self) -> None:
+        """Become a newcomer's slot: the run's value is taken whole, as soon as a snapshot is here."""
+        self.shard = self.flight = self.kept = None
+        self.steps = self.tokens = 0
+        self.waiting.clear()
+        if self.feedback is not None:
+            self.feedback = ErrorFeedback(self.feedback.codec, self.feedback.beta)
+
     @property
     def known(self) -> int:
         """The newest version that needs nothing more from the coordinator."""

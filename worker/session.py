@@ -27,7 +27,8 @@ from diloco.worker.replica import Replica
 
 T = TypeVar("T")
 
-FAREWELL_S = 10.0  # how long to wait for the coordinator's goodbye
+FAREWELL_S = 60.0  # how long a complete worker waits for the coordinator's goodbye
+INTERRUPT_S = 1.5  # and an interrupted one
 POLL_S = 0.5
 
 
@@ -136,6 +137,10 @@ class DiLoCo(torch.optim.Optimizer):
         """One inner step and whatever the schedule asks for after it; returns the closure's loss."""
         if self._receiver.ident is None:
             self.join()
+        if self.replica.flushing:
+            raise ConfigError(
+                "DiLoCo.step after flush(): the run of this worker is over; flush only at its end"
+            )
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         begun = time.monotonic()
         if self._last_step_end is not None:
@@ -172,7 +177,12 @@ class DiLoCo(torch.optim.Optimizer):
         self._last_step_end = time.monotonic()
 
     def flush(self) -> None:
-        """End of the run: merge what is in flight, send every fragment once more, hold the final global value."""
+        """End of the run: merge what is in flight, send every fragment once more, hold the final global value.
+
+        Afterwards `step` raises ConfigError.
+        """
+        if self.replica.flushing:
+            return
         begun = time.monotonic()
         with self._changed:
             self.replica.drain()
@@ -189,10 +199,10 @@ class DiLoCo(torch.optim.Optimizer):
     def report(self, **facts: Any) -> None:
         """Put facts (fields of `Progress`: loss, lr, ...) into the next heartbeats."""
         up, down = self._connection.traffic()
-        now = time.monotonic()
-        elapsed = self.clock.compute + self.clock.exposed
-        flying = self.clock.in_flight + (now - self.clock.flying_since if self.clock.flying_since else 0.0)
         with self._changed:
+            elapsed = self.clock.compute + self.clock.exposed
+            since = self.clock.flying_since
+            flying = self.clock.in_flight + (time.monotonic() - since if since is not None else 0.0)
             self.replica.progress = dataclasses.replace(
                 self.replica.progress,
                 **{
@@ -215,8 +225,11 @@ class DiLoCo(torch.optim.Optimizer):
         with self._changed:
             if self.replica.joined and self.replica.stopped is None and self._error is None:
                 self._perform(self.replica.leave(reason))
-                limit = time.monotonic() + (FAREWELL_S if reason == "complete" else 2.0)
-                while self.replica.stopped is None and time.monotonic() < limit:
+                # A coordinator that never hears of the end would wait for this worker: be patient with a restart.
+                limit = time.monotonic() + (FAREWELL_S if reason == "complete" else INTERRUPT_S)
+                while self.replica.stopped is None and self._error is None and time.monotonic() < limit:
+                    if reason == "complete" and self._stop.is_set():
+                        break
                     self._changed.wait(POLL_S)
             self._closing = True
         self._connection.close()
