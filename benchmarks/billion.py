@@ -69,9 +69,9 @@ def main() -> None:
     text = f"""
         [run]
         run_id = "billion"
-        inner_steps_total = 1
+        inner_steps_total = {a.fragments}
         [stream]
-        H = 1
+        H = {a.fragments}
         tau = 0
         alpha = 0.0
         frag_layers = 1
@@ -98,14 +98,15 @@ def main() -> None:
                 found = re.search(r"listening on port (\d+)", line)
             config = RunConfig.from_toml(text)
             connection = connect(f"127.0.0.1:{found.group(1)}")
-            plan = build_plan(shapes, 1, frag_layers=1)
+            plan = build_plan(shapes, a.fragments, frag_layers=1)
             parameters = RandomParameters(plan)
             replica = Replica(plan, config, parameters, worker="w0", nonce=1)
             begun = time.monotonic()
             settle(replica, connection, [])
             joined = time.monotonic()
-            parameters.step = 1
-            settle(replica, connection, list(replica.after_step(1, time.monotonic())))
+            for step in range(1, a.fragments + 1):  # one fragment's turn after each
+                parameters.step = step
+                settle(replica, connection, list(replica.after_step(1, time.monotonic())))
             done = time.monotonic()
             peak = peak_bytes(server.pid)
             up, down = connection.traffic()
