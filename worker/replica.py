@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from diloco.comms import downlink, frame
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.machine import (
@@ -41,11 +39,11 @@ from diloco.comms.messages import (
     Welcome,
 )
 from diloco.config import RunConfig
-from diloco.delta import merge, merge_delay_corrected, pseudo_gradient
+from diloco.delta import pseudo_gradient
 from diloco.errors import NonFiniteError, RefusedError
 from diloco.fragments import FragmentPlan
 from diloco.worker import replica_jobs, replica_state
-from diloco.worker.replica_slots import Flight, Parameters, Slot
+from diloco.worker.replica_slots import Flight, Parameters, Slot, merged
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
 
@@ -171,18 +169,11 @@ class Replica:
             flight, shard = slot.flight, slot.shard
             assert flight is not None and shard is not None and self._settled(slot)
             if flight.outcome != "aborted" or flight.overwrite:
-                self.parameters.write(slot.index, self._merged(slot, flight, shard.params))
+                local = self.parameters.read(slot.index)
+                self.parameters.write(slot.index, merged(flight, local, shard.params))
                 done.append(slot.index)
             slot.flight, slot.adopt = None, False
         return done
-
-    def _merged(self, slot: Slot, flight: Flight, new: Tensor) -> Tensor:
-        if flight.overwrite:
-            return new
-        local = self.parameters.read(slot.index)
-        if flight.sent is not None:
-            return merge_delay_corrected(local, new, flight.sent)
-        return merge(local, new, flight.alpha)
 
     def drain(self) -> None:
         """The run is over: what is in flight is merged now."""

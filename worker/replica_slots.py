@@ -17,6 +17,7 @@ from diloco.comms.codec import Codec
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.messages import Commit, Snapshot
 from diloco.config import RunConfig
+from diloco.delta import merge, merge_delay_corrected
 from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
 
@@ -92,6 +93,15 @@ class Slot:
         while version + 1 in self.waiting:
             version += 1
         return version
+
+
+def merged(flight: Flight, local: Tensor, new: Tensor) -> Tensor:
+    """What the worker goes on with, fp32 [n], when its round is over and the anchor has become `new`."""
+    if flight.overwrite:
+        return new
+    if flight.sent is not None:
+        return merge_delay_corrected(local, new, flight.sent)
+    return merge(local, new, flight.alpha)
 
 
 def start_shard(config: RunConfig, values: Tensor) -> outer.OuterShard:
