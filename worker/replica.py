@@ -63,7 +63,10 @@ class Replica:
         self.codec = downlink.uplink_codec(config.codec)
         blocking = config.stream.overlap == "none"
         self.tau = 0 if blocking else config.stream.tau
-        self.alpha = 0.0 if blocking else config.stream.alpha
+        corrected = (
+            config.stream.merge == "delay_corrected"
+        )  # keeps local work by its own rule, alpha is ignored
+        self.alpha = 0.0 if blocking or corrected else config.stream.alpha
         self.slots = [Slot(f.index) for f in plan.fragments]
         if config.codec.ef == "on":
             for slot in self.slots:
@@ -186,7 +189,7 @@ class Replica:
         """Send every fragment once more and take the result whole, so that the global value covers every step."""
         self.now = now
         actions: list[Action] = []
-        everywhere = self.plan.due(self.step) if self.tau == 0 and self.alpha == 0.0 else ()
+        everywhere = self.plan.due(self.step) if self.alpha == 0.0 else ()
         for slot in self.slots:
             if slot.steps or slot.index not in everywhere:  # else every worker has just taken it whole
                 actions += self._send(slot, self.plan.flush_round(slot.index, self.step), self.step, 0.0)
