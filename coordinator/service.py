@@ -24,7 +24,7 @@ from diloco.comms.messages import Heartbeat, Leave
 from diloco.config import RunConfig
 from diloco.coordinator.journal import open_journal
 from diloco.coordinator.state import Coordinator
-from diloco.coordinator.status import status
+from diloco.coordinator.status import finite, status
 from diloco.errors import StorageError
 
 LINGER_S = 3.0  # after the end: late farewells are still answered
@@ -124,7 +124,7 @@ class CoordinatorService:
         self._thread.post(event)
 
     def _log(self, message: Heartbeat | Leave) -> None:
-        facts = {k: _finite(v) for k, v in dataclasses.asdict(message.progress).items()}
+        facts = {k: finite(v) for k, v in dataclasses.asdict(message.progress).items()}
         line = {"t": round(time.monotonic() - self._begun, 3), "worker": message.worker, **facts}
         line["commits"] = self.machine.commits
         # A full disk may cost points of a chart, never a worker its session.
@@ -140,7 +140,3 @@ class CoordinatorService:
                 self._server.send(to, message)  # type: ignore[arg-type]
             case Stop():
                 self._done.set()
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,7 +45,7 @@ def status(coordinator: Coordinator, now: float, seconds: float) -> dict[str, An
 
 
 def _member(member: Member, now: float) -> dict[str, Any]:
-    facts = {k: _finite(v) for k, v in dataclasses.asdict(member.progress).items()}
+    facts = {k: finite(v) for k, v in dataclasses.asdict(member.progress).items()}
     return {
         "id": member.name,
         "index": member.index,
@@ -60,5 +60,5 @@ def _member(member: Member, now: float) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -108,10 +107,6 @@ def pack(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
-
-
-def rng_state() -> Tensor:
-    return torch.get_rng_state()
 
 
 def _sha256(path: Path) -> str:

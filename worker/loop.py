@@ -220,7 +220,7 @@ class Trainer:
                 "model": dict(self.optimizer.parameters.tensors),
                 "inner": inner,
                 "replica": saved["replica"]["tensors"],
-                "rng": {"torch": checkpoint.rng_state()},
+                "rng": {"torch": torch.get_rng_state()},
             }
         )
         meta = {

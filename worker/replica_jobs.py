@@ -17,7 +17,7 @@ from diloco.comms.machine import COORDINATOR, Action, Compute, Send
 from diloco.comms.messages import Commit, Contribution, Heartbeat, Initial, Join, Skip, Snapshot, Welcome
 from diloco.errors import CorruptDataError, NonFiniteError
 from diloco.settings import settings_json
-from diloco.worker.replica_slots import Flight, Slot, apply_commit, relabelled, shard_of, start_shard
+from diloco.worker.replica_slots import Flight, Slot, apply_commit, shard_of, start_shard
 
 if TYPE_CHECKING:
     from diloco.worker.replica import Replica
@@ -107,7 +107,7 @@ def answer(r: Replica, slot: Slot, flight: Flight) -> list[Action]:
     flight.since = r.now
     here = (r.index, r.incarnation)
     if flight.label != here:  # the header names the life that sends it
-        flight.frame, flight.label = relabelled(flight.frame, r.codec, *here), here
+        flight.frame, flight.label = frame.relabel(flight.frame, worker=here[0], incarnation=here[1]), here
     message = Contribution(r.worker, r.incarnation, slot.index, flight.round, flight.frame)
     return [Send(COORDINATOR, message)]
 

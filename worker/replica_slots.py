@@ -5,7 +5,6 @@ The state machine that decides when to run them is in `diloco.worker.replica`.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,9 +137,3 @@ def shard_of(snapshot: Snapshot, plan: FragmentPlan, config: RunConfig) -> outer
     shard = start_shard(config, values)
     downlink.load_snapshot(shard, snapshot.frames, snapshot.version)
     return shard
-
-
-def relabelled(framed: bytes, codec: Codec, index: int, incarnation: int) -> bytes:
-    """The same frame as another life of the worker sends it."""
-    header, payload = frame.unpack(framed, codec=codec)
-    return frame.pack(dataclasses.replace(header, worker=index, incarnation=incarnation), payload)
