@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from diloco.comms.address import parse_address
+from diloco.comms.link import Link, Relay
 from diloco.comms.machine import Connection
 from diloco.errors import ConfigError
 
 
-def connect(url: str, *, channels: int = 1) -> Connection:
+def connect(url: str, *, channels: int = 1, link: Link | None = None) -> Connection:
     """A connection to "grpc://host:port[,host:port]" or "host:port"; it connects, and reconnects, by itself.
 
     With several addresses the next one is tried when one does not answer. `channels` is the number of TCP connections
-    that share the chunks of an object: 8 pay on a lossy path, 4 on a long fast one. Raises ConfigError.
+    that share the chunks of an object: 8 pay on a lossy path, 4 on a long fast one. `link` puts an emulated slow link
+    in between (see `diloco.comms.link`). Raises ConfigError.
     """
     scheme, separator, rest = url.rpartition("://")
     if separator and scheme != "grpc":
@@ -26,4 +28,8 @@ def connect(url: str, *, channels: int = 1) -> Connection:
             raise ConfigError(f"coordinator: {url!r}: port 0 cannot be connected to")
     from diloco.comms.grpc_client import GrpcConnection  # keeps gRPC out of processes that never connect
 
-    return GrpcConnection(addresses, channels=channels)
+    if link is None:
+        return GrpcConnection(addresses, channels=channels)
+    relays = [Relay(*parse_address(address), link) for address in addresses]
+    shaped = [f"127.0.0.1:{relay.port}" for relay in relays]
+    return GrpcConnection(shaped, channels=channels, on_close=[relay.close for relay in relays])

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diloco.comms import diloco_v1_pb2 as pb
@@ -40,7 +40,7 @@ class GrpcConnection:
 
     `channels` is the number of TCP connections that share the chunks of an object; more than one pays on lossy
     paths with cubic congestion control. `chunk_bytes`: 1 MiB, 256 KiB below about 200 Mbit/s. Frames larger than
-    `max_object_bytes` are not fetched.
+    `max_object_bytes` are not fetched. `on_close` is called at the end, for what was set up on the way.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class GrpcConnection:
         credentials: grpc.ChannelCredentials | None = None,
         max_object_bytes: int = 4 << 30,
         stall_s: float = options.STALL_S,
+        on_close: Sequence[Callable[[], None]] = (),
     ) -> None:
         if not addresses:
             raise ConfigError("coordinator: no address given; write grpc://host:port")
@@ -62,6 +63,7 @@ class GrpcConnection:
         self._addresses = tuple(addresses)
         self._channels = channels
         self._credentials = credentials
+        self._on_close = tuple(on_close)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._transfers = Transfers(chunk_bytes, max_object_bytes, stall_s)
         self._outgoing: asyncio.Queue[bytes] | None = None  # of the open session
@@ -98,6 +100,8 @@ class GrpcConnection:
         if not self._closed:
             self._closed = True
             loop.run(self._close())
+            for end in self._on_close:
+                end()
 
     # ---- on the loop ----
 

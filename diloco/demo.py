@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from diloco.comms.link import Link
 from diloco.config import RunConfig
 from diloco.errors import ConfigError, EnvironmentProblem
 from diloco.live import render
@@ -85,16 +86,18 @@ def config_text(workers: int, minutes: float) -> str:
     return TEMPLATE.format(steps=steps, warmup=max(5, steps // 20), down=down, workers=workers)
 
 
-def run(*, workers: int, minutes: float, fresh: bool, overrides: Sequence[str]) -> int:
-    """Run or resume the demo; returns the exit code."""
+def run(*, workers: int, minutes: float, fresh: bool, link: str | None, overrides: Sequence[str]) -> int:
+    """Run or resume the demo, every worker behind an emulated `link`; returns the exit code."""
     if workers < 1 or not 0 < minutes <= 600:
         raise ConfigError(
             f"demo: --workers {workers} must be at least 1 and --minutes {minutes} between 0 and 600"
         )
     text = config_text(workers, minutes)
+    if link is not None:
+        Link.parse(link)
     RunConfig.from_toml(text, overrides)  # refuse before anything is started or removed
     resume = prepare(text, overrides, fresh)
-    processes = _Processes(workers, overrides, resume)
+    processes = _Processes(workers, overrides, resume, link)
     try:
         return _watch(processes)
     finally:
@@ -132,7 +135,7 @@ def prepare(text: str, overrides: Sequence[str], fresh: bool) -> bool:
 class _Processes:
     """The demo's children by name, each with a log of its own in runs/demo/logs/."""
 
-    def __init__(self, workers: int, overrides: Sequence[str], resume: bool) -> None:
+    def __init__(self, workers: int, overrides: Sequence[str], resume: bool, link: str | None) -> None:
         self.address = f"127.0.0.1:{_free_port()}"
         config, extra = str(RUN_DIR / "run.toml"), [f"--{item}" for item in overrides]
         self._commands = {"coordinator": ["coordinator", config, "--listen", self.address, *extra]}
@@ -144,6 +147,7 @@ class _Processes:
                 self.address,
                 "--id",
                 f"w{i}",
+                *(["--link", link] if link else []),
                 *extra,
             ]
         self._logs = {name: (RUN_DIR / "logs" / f"{name}.log").open("ab") for name in self._commands}
