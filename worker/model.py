@@ -1,7 +1,8 @@
 """The language models a worker can train: a Llama-style decoder in fixed sizes, and the user's own by name.
 
 Here: sizes (`PRESETS`), the decoder (`Transformer`), building either reproducibly from a seed, and the one
-definition of the training loss (`next_token_loss`). Not here: data, optimizers, precision, devices, fragments.
+definition of the training loss (`next_token_loss`). Not here: data, optimizers, precision, devices, fragments, and
+the inside of a mixture of experts (moe.py).
 
 Parameter names are part of the contract with fragment plans: everything under `blocks.<i>.` belongs to
 transformer block i; everything else (`embed.`, `norm.`, `head.`) is embedding, final norm and head.
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diloco.errors import ConfigError, nearest
+from diloco.worker.moe import Experts, take_balance_loss
 
 INIT_STD = 0.02
 
@@ -26,6 +28,10 @@ INIT_STD = 0.02
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Sizes of one decoder. `d_ff` is the width of the SwiGLU hidden layer; `tied` shares embedding and head.
+
+    With `experts` > 0 every block is a mixture of experts: the hidden layer of width `d_ff` sees all tokens, and each
+    token also goes to `experts_per_token` of `experts` further ones of width `d_expert`. `balance` weighs their
+    load-balance loss, summed over the blocks, in the training loss.
 
     Raises ConfigError for sizes that do not fit together.
     """
@@ -39,6 +45,10 @@ class ModelConfig:
     sequence_length: int
     tied: bool = True
     rope_theta: float = 10_000.0
+    experts: int = 0
+    experts_per_token: int = 2
+    d_expert: int = 0
+    balance: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "sequence_length"):
@@ -54,6 +64,14 @@ class ModelConfig:
                 f"model.n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}, "
                 "because query heads share key-value heads in equal groups"
             )
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ConfigError(
+                f"model.experts_per_token = {self.experts_per_token}: must be from 1 to experts = {self.experts}"
+            )
+        if self.experts and self.d_expert < 1:
+            raise ConfigError(
+                f"model.d_expert = {self.d_expert}: must be at least 1 for a model with experts"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -65,6 +83,7 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
     "nano": ModelConfig(256, 64, 4, 2, 2, 176, 128),
     "tiny": ModelConfig(256, 128, 4, 4, 4, 352, 128),
+    "moe-tiny": ModelConfig(256, 128, 4, 4, 4, 128, 128, experts=8, d_expert=96),
     "small": ModelConfig(256, 192, 6, 6, 6, 512, 256),
     "10m": ModelConfig(256, 320, 8, 5, 5, 896, 512),
     "160m": ModelConfig(50_304, 768, 12, 12, 12, 2048, 1024, tied=False),
@@ -87,7 +106,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)); x is [B, T, d_model]."""
+    """x + attention(norm(x)), then x + swiglu(norm(x)) [+ experts(norm(x))]; x is [B, T, d_model]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -99,6 +118,11 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=1e-5)
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)  # rows: gate, then up
         self.ffn_out = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.experts = (
+            Experts(config.d_model, config.d_expert, config.experts, config.experts_per_token, config.balance)
+            if config.experts
+            else None
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -111,9 +135,10 @@ class Block(nn.Module):
             query, key, value.transpose(1, 2), is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads
         )
         x = x + self.attn_out(mixed.transpose(1, 2).reshape(batch, length, -1))
-        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        normed = self.ffn_norm(x)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
         hidden: Tensor = x + self.ffn_out(F.silu(gate) * up)
-        return hidden
+        return hidden if self.experts is None else hidden + self.experts(normed)
 
 
 class Transformer(nn.Module):
@@ -121,6 +146,7 @@ class Transformer(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    embed_scale: float = 1.0  # sqrt(d_model) for optimizers that keep embedding rows at norm 1
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -133,6 +159,12 @@ class Transformer(nn.Module):
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.reset_parameters()
 
+    @property
+    def fused_blocks(self) -> dict[str, int | tuple[int, ...]]:
+        """Rows of fused weights by part of their name, for optimizers that treat each matrix on its own."""
+        c = self.config
+        return {"qkv": (c.d_model, *[c.n_kv_heads * c.head_dim] * 2), "gate_up": 2}
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Norm gains 1, weights N(0, 0.02); what writes to the residual stream is divided by sqrt(2 * n_layers).
@@ -143,7 +175,7 @@ class Transformer(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            residual = name.endswith(("attn_out.weight", "ffn_out.weight"))
+            residual = name.endswith(("attn_out.weight", "ffn_out.weight", "experts.out"))
             std = INIT_STD / math.sqrt(2 * self.config.n_layers) if residual else INIT_STD
             parameter.normal_(0.0, std, generator=generator)
         device = self.embed.weight.device
@@ -162,15 +194,18 @@ class Transformer(nn.Module):
                 "build it with a larger sequence_length"
             )
         cos, sin = self.cos[:length], self.sin[:length]
-        x = self.embed(tokens)
+        x = self.embed(tokens) if self.embed_scale == 1.0 else self.embed(tokens) * self.embed_scale
         for block in self.blocks:
             x = block(x, cos, sin)
         x = self.norm(x)
         return F.linear(x, self.embed.weight if self.head is None else self.head.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross entropy in nats/token, fp32 scalar, of tokens[:, 1:] given tokens[:, :-1]; int64 [B, T+1]."""
-        return cross_entropy(self(tokens[:, :-1]), tokens)
+        """Mean cross entropy in nats/token, fp32 scalar, of tokens[:, 1:] given tokens[:, :-1]; int64 [B, T+1].
+
+        In train mode with gradients, plus the load-balance loss of a mixture of experts.
+        """
+        return _with_balance(cross_entropy(self(tokens[:, :-1]), tokens), self)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -178,12 +213,19 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
+def _with_balance(loss: Tensor, model: nn.Module) -> Tensor:
+    balance = take_balance_loss(model)
+    return loss if balance is None else loss + balance
+
+
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """The loss of any accepted model, scalar, nats/token, for tokens int64 [B, T+1].
 
     A model is accepted when it has `loss(tokens[B, T+1]) -> scalar`, or when calling it with tokens [B, T]
     returns logits [B, T, V], alone or as the attribute `logits` of what it returns. A wrapper that hides `loss`
-    (DistributedDataParallel) is called for its logits, so that its hooks run. Raises ConfigError otherwise.
+    (DistributedDataParallel) is called for its logits, so that its hooks run. In train mode with gradients the
+    load-balance loss of our mixtures of experts is part of it; in eval mode it is the cross entropy alone.
+    Raises ConfigError otherwise.
     """
     own = getattr(model, "loss", None)
     if callable(own):
@@ -198,7 +240,7 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
             f"model.factory: {type(model).__name__} has no loss(tokens) and returns no logits of shape "
             "[batch, length, vocabulary]; give it one of the two"
         )
-    return cross_entropy(logits, tokens)
+    return _with_balance(cross_entropy(logits, tokens), model)
 
 
 def preset_config(

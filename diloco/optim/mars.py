@@ -21,6 +21,7 @@ from diloco.optim.state import (
     check_group,
     evaluate,
     gradient,
+    params_in_order,
     restore_exactly,
     zeros_like_state,
 )
@@ -36,8 +37,13 @@ class MARS(torch.optim.Optimizer):
     dimensions take plain AdamW on g. State, float32: ``previous``, and ``exp_avg``, ``exp_avg_sq``, ``step`` or
     ``momentum``.
 
+    With `exact`, g_prev is the gradient of the current batch at the previous weights, for twice the work: `step` needs
+    a closure that computes loss and gradients of one batch, and calls it first at the previous weights, then at the
+    present ones, with the same random numbers. The gradients it leaves, and the loss returned, are those of the
+    present weights. State then also has ``weights``, the previous ones in p's dtype, for every parameter.
+
     Raises:
-        ConfigError: unknown base or option, or a value out of range.
+        ConfigError: unknown base or option, a value out of range, or an exact step without a closure.
     """
 
     def __init__(
@@ -58,7 +64,9 @@ class MARS(torch.optim.Optimizer):
         start: Start = "frobenius",
         stacked: bool | None = None,
         blocks: int | Sequence[int] = 1,
+        exact: bool = False,
     ) -> None:
+        self.exact = exact
         super().__init__(
             params,
             {
@@ -101,7 +109,7 @@ class MARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns the closure's loss."""
-        loss = evaluate(closure)
+        loss = self._evaluate_twice(closure) if self.exact else evaluate(closure)
         for group in self.param_groups:
             lr = float(group["lr"])
             decay = lr * group["weight_decay"]
@@ -126,6 +134,36 @@ class MARS(torch.optim.Optimizer):
                 apply_update(target, O, step=lr * scale, decay=decay, cautious=False)
         return loss
 
+    def _evaluate_twice(self, closure: Closure | None) -> float | None:
+        """Put the closure's gradients at the previous weights into ``previous``, those at the present into `p.grad`."""
+        if closure is None:
+            raise ConfigError(
+                "MARS: exact=True needs the gradient at the previous weights too: call step(closure) with a function "
+                "that computes loss and gradients of the batch"
+            )
+        params = params_in_order(self.param_groups)
+        moved = [p for p in params if "weights" in self.state.get(p, {})]
+        present = [p.detach().clone() for p in params]
+        if moved:
+            _forget_gradients(params)
+            try:
+                for p in moved:
+                    p.copy_(self.state[p]["weights"])
+                with torch.random.fork_rng(devices=list({p.device for p in params if p.is_cuda})):
+                    evaluate(closure)
+            finally:
+                for p, weights in zip(params, present, strict=True):
+                    p.copy_(weights)
+            for p in moved:
+                if p.grad is not None and p.ndim > 1:
+                    self.state[p]["previous"].copy_(gradient(p))
+        _forget_gradients(params)
+        loss = evaluate(closure)
+        for p, weights in zip(params, present, strict=True):
+            if p.grad is not None:
+                self.state[p]["weights"] = weights
+        return loss
+
     def _corrected(self, p: Tensor, g: Tensor, weight: float) -> Tensor:
         state = self.state[p]
         if "previous" not in state:
@@ -135,3 +173,8 @@ class MARS(torch.optim.Optimizer):
         previous.copy_(g)  # a reference to p.grad would be zeroed with it
         clipped: Tensor = c / c.norm().clamp_min(1.0)
         return clipped
+
+
+def _forget_gradients(params: Sequence[Tensor]) -> None:
+    for p in params:
+        p.grad = None  # whether or not the closure clears them, gradients of two points must not add up

@@ -41,6 +41,9 @@ class MD(torch.optim.Optimizer):
     orth(u), whose norm is R, so that lr is the relative step; "adam" by Adam's direction. `radius`: "shape" is
     sqrt(max(r, c)), "init" is sqrt(r c/`d_model`), or a number. No weight decay, no warm-up.
 
+    `shrink` multiplies R and the update, leaving the relative step as it is: 1/sqrt(2 L) is meant for the matrices that
+    write to the residual stream of L layers.
+
     Group options: ``sphere="row"`` keeps every row at norm 1 (embeddings, head, router) and has shape factor 1;
     ``gains=False`` fixes the gains at 1; `base` and the keywords here. `gain_lr` defaults to lr/10; given, it is the
     value at the group's first lr and follows its schedule. Fused `blocks` have a sphere each and share the matrix's gains. State, float32: ``raw_row``
@@ -64,6 +67,7 @@ class MD(torch.optim.Optimizer):
         eps: float = 1e-8,
         sphere: Literal["matrix", "row"] = "matrix",
         gains: bool = True,
+        shrink: float = 1.0,
         coefficients: Coefficients = "you5",
         iteration_dtype: torch.dtype | str = torch.bfloat16,
         orth_eps: float = 1e-7,
@@ -85,6 +89,7 @@ class MD(torch.optim.Optimizer):
                 "eps": eps,
                 "sphere": sphere,
                 "gains": gains,
+                "shrink": shrink,
                 "coefficients": coefficients,
                 "iteration_dtype": iteration_dtype,
                 "orth_eps": orth_eps,
@@ -107,6 +112,8 @@ class MD(torch.optim.Optimizer):
                 raise ConfigError(
                     f"MD: {key} is {group[key]!r}: known are {', '.join(known)}{nearest(str(group[key]), known)}"
                 )
+        if not group["shrink"] > 0:
+            raise ConfigError(f"MD: shrink is {group['shrink']}: give a factor above 0, such as 1/sqrt(2 L)")
         check_matrix_group(group)
         for p in group["params"]:
             for block in split(p, group):
@@ -215,6 +222,10 @@ def _norm(block: Tensor, group: ParamGroup) -> Tensor:
 
 
 def _radius(block: Tensor, group: ParamGroup) -> float:
+    return float(group["shrink"]) * _full_radius(block, group)
+
+
+def _full_radius(block: Tensor, group: ParamGroup) -> float:
     if group["sphere"] == "row":
         return 1.0
     rows, columns = block.shape[-2:]
@@ -233,7 +244,7 @@ def _radius(block: Tensor, group: ParamGroup) -> float:
 def _factor(block: Tensor, group: ParamGroup) -> float:
     """Makes the Muon update's norm R: shape_up R/sqrt(max(r, c)) = R/sqrt(min(r, c))."""
     if group["base"] == "adam" or group["sphere"] == "row":
-        return 1.0
+        return float(group["shrink"])
     return _radius(block, group) / math.sqrt(min(block.shape[-2:]))
 
 

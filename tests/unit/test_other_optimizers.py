@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diloco.errors import ConfigError
-from diloco.optim import MARS, AdamP, Muon, Scion, orthogonalize
+from diloco.optim import MARS, SNOO, AdamP, Muon, Scion, orthogonalize
 
 EXACT: dict[str, Any] = {"iteration_dtype": torch.float64}
 
@@ -125,6 +126,139 @@ def test_mars_leaves_vectors_to_adamw(base: Any) -> None:
     run(MARS([p], lr=0.02, base=base), p, 4)
     run(torch.optim.AdamW([q], lr=0.02, betas=(0.95, 0.99), weight_decay=0.1), q, 4)
     assert torch.allclose(p, q, atol=1e-12)
+
+
+def quartic(p: Parameter, x: Tensor) -> Tensor:
+    loss: Tensor = ((p * x).sum(dim=-1) - 1).pow(4).sum()
+    return loss
+
+
+def batches(optimizer: torch.optim.Optimizer, p: Parameter, seeds: list[int]) -> list[float]:
+    """One exact step per batch; the losses that came back."""
+    losses = []
+    for x in [random(*p.shape, seed=seed) for seed in seeds]:
+
+        def closure(x: Tensor = x) -> float:
+            value = quartic(p, x)
+            value.backward()  # type: ignore[no-untyped-call]
+            return float(value.detach())
+
+        loss = optimizer.step(closure)
+        assert loss is not None
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_exact_mars_on_one_batch_is_the_approximate_one(base: Any) -> None:
+    """When the batch never changes, the last gradient is the gradient at the last weights: both modes agree bit for bit."""
+    p, q = Parameter(random(3, 4, seed=9)), Parameter(random(3, 4, seed=9))
+    exact = batches(MARS([p], lr=0.02, base=base, exact=True), p, [1] * 6)
+    optimizer = MARS([q], lr=0.02, base=base)
+    plain = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        plain += batches(optimizer, q, [1])
+    assert torch.equal(p, q) and exact == plain
+
+
+def test_exact_mars_takes_the_current_batch_at_the_previous_weights() -> None:
+    """AdamW on c = g(w, x) + 0.475 (g(w, x) - g(w_prev, x)), clipped; p.grad and the loss are those at w."""
+    p, q = Parameter(random(3, 4, seed=9)), Parameter(random(3, 4, seed=9))
+    optimizer = MARS([p], lr=0.02, exact=True)
+    reference = torch.optim.AdamW([q], lr=0.02, betas=(0.95, 0.99), weight_decay=0.1)
+    previous: Tensor | None = None
+    for t in range(6):
+        x = random(3, 4, seed=t)
+        value = quartic(q, x)
+        (g,) = torch.autograd.grad(value, q)
+        before = torch.zeros_like(g)
+        if previous is not None:
+            (before,) = torch.autograd.grad(quartic(earlier := Parameter(previous), x), earlier)
+        c = g + 0.475 * (g - before)
+        q.grad = c / max(1.0, float(c.norm()))
+        previous = q.detach().clone()
+        reference.step()
+        assert batches(optimizer, p, [t]) == pytest.approx([float(value.detach())], rel=1e-12)
+        assert p.grad is not None and torch.allclose(p.grad, g, rtol=1e-10)
+    assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_exact_mars_corrects_nothing_where_the_gradient_ignores_the_weights() -> None:
+    """On a linear loss g(w_prev, x) = g(w, x), however the batches vary: AdamW on clipped gradients after step one."""
+    p, q = Parameter(random(3, 4, seed=9)), Parameter(random(3, 4, seed=9))
+    optimizer = MARS([p], lr=0.02, exact=True)
+    reference = torch.optim.AdamW([q], lr=0.02, betas=(0.95, 0.99), weight_decay=0.1)
+    for t in range(5):
+        x = random(3, 4, seed=t)
+
+        def closure(x: Tensor = x) -> float:
+            optimizer.zero_grad(set_to_none=False)
+            (p * x).sum().backward()  # type: ignore[no-untyped-call]
+            return 0.0
+
+        optimizer.step(closure)
+        c = x * (1.475 if t == 0 else 1.0)
+        q.grad = c / max(1.0, float(c.norm()))
+        reference.step()
+    assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_both_evaluations_of_exact_mars_draw_the_same_random_numbers() -> None:
+    """Dropout must hit the same entries at both weights; afterwards the stream has moved on once."""
+    p = Parameter(random(3, 4, seed=9))
+    optimizer = MARS([p], lr=0.02, exact=True)
+    drawn: list[Tensor] = []
+
+    def closure() -> float:
+        drawn.append(torch.rand(3, 4, dtype=torch.float64))
+        (p * drawn[-1]).sum().backward()  # type: ignore[no-untyped-call]
+        return 0.0
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.step(closure)
+    first, second, second_again, third, third_again = (x for x in [drawn[0], *drawn[1:]])
+    assert torch.equal(second, second_again) and torch.equal(third, third_again)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_exact_mars_resumes_bit_for_bit() -> None:
+    """The previous weights are part of the state, for vectors too, and a failing closure leaves the weights in place."""
+    for shape in ((3, 4), (5,)):
+        p = Parameter(random(*shape, seed=9))
+        one = MARS([p], lr=0.02, exact=True)
+        batches(one, p, [0, 1])
+        q = Parameter(p.detach().clone())
+        two = MARS([q], lr=0.02, exact=True)
+        two.load_state_dict(copy.deepcopy(one.state_dict()))
+        batches(one, p, [2, 3])
+        batches(two, q, [2, 3])
+        assert torch.equal(p, q)
+
+        def failing() -> float:
+            raise ArithmeticError("no gradient")
+
+        before = p.detach().clone()
+        with pytest.raises(ArithmeticError):
+            one.step(failing)
+        assert torch.equal(p, before)
+
+
+def test_exact_mars_needs_a_closure() -> None:
+    """The message says what to call."""
+    p = Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    with pytest.raises(ConfigError, match=r"step\(closure\)"):
+        MARS([p], exact=True).step()
+
+
+def test_exact_mars_works_inside_snoo() -> None:
+    """The closure reaches it; the outer step moves the weights, not the batch."""
+    p = Parameter(random(3, 4, seed=9))
+    losses = batches(SNOO(MARS([p], lr=0.02, exact=True), k=2), p, [1] * 20)
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,52 @@ def test_md_scales_the_weights_to_their_radius(radius: Any, d_model: int | None,
     assert norm(p.detach() - before) == pytest.approx(1e-4 * expected, rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
+@pytest.mark.parametrize("shrink", [1.0, 1 / math.sqrt(8)])
+@pytest.mark.parametrize("radius", ["shape", "init"])
+def test_mds_muon_step_has_the_length_of_the_radius(
+    radius: Any, shrink: float, shape: tuple[int, int]
+) -> None:
+    """||update|| = R whatever the shape: in "init" mode shape_up orth is also multiplied by sqrt(min(r, c)/d_model)."""
+    p = Parameter(random(*shape, seed=3))
+    full = math.sqrt(max(shape)) if radius == "shape" else math.sqrt(shape[0] * shape[1] / 4)
+    options: dict[str, Any] = {"radius": radius, "d_model": 4, "shrink": shrink, "gain_lr": 0.0}
+    optimizer = MD([p], lr=0.5, coefficients="polar12", **options, **EXACT)
+    R = full * shrink
+    D = p.detach().clone()
+    assert norm(D) == pytest.approx(R, rel=1e-9)
+    p.grad = random(*shape, seed=4)
+    U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
+    optimizer.step()
+    step = 0.5 * R * U @ Vh / math.sqrt(min(shape))  # of norm 0.5 R
+    assert torch.allclose(p, R * (D - step) / (D - step).norm(), atol=1e-9)
+
+
+@pytest.mark.parametrize("base", ["muon", "adam"])
+@pytest.mark.parametrize("sphere", ["matrix", "row"])
+def test_a_shrunk_md_run_is_the_full_one_scaled(base: Any, sphere: Any) -> None:
+    """R and update times s: on gradients that do not depend on the weights, W of the shrunk run is s W of the full one."""
+    runs = []
+    for shrink in (1.0, 0.25):
+        p = Parameter(random(5, 8, seed=3))
+        group = {"params": [p], "shrink": shrink, "gains": False}
+        run(MD([group], lr=0.1, base=base, sphere=sphere, **EXACT), p, 5)
+        runs.append(p.detach())
+    assert torch.allclose(runs[1], 0.25 * runs[0], atol=1e-12)
+
+
+def test_outside_writes_restore_the_shrunk_radius() -> None:
+    """reanchor() knows of `shrink`: W is kept, ||D|| is shrink R."""
+    p = Parameter(random(4, 6, seed=3))
+    optimizer = MD([p], lr=0.05, shrink=0.5)
+    run(optimizer, p, 2)
+    with torch.no_grad():
+        p.mul_(1.7)
+    optimizer.reanchor()
+    row, col = gains(optimizer, p)
+    assert norm(p / row / col) == pytest.approx(0.5 * math.sqrt(6), rel=1e-9)
+
+
 def gains(optimizer: MD, p: Parameter) -> tuple[Tensor, Tensor]:
     return softplus(optimizer.state[p]["raw_row"][0]), softplus(optimizer.state[p]["raw_col"][0])
 
@@ -194,6 +240,7 @@ def test_md_gains_follow_the_learning_rate_schedule() -> None:
         ({"radius": "init"}, "give d_model"),
         ({"radius": -1.0}, "radius is -1.0"),
         ({"sphere": "rows"}, "did you mean 'row'"),
+        ({"shrink": 0.0}, "shrink is 0.0"),
     ],
 )
 def test_wrong_md_options_are_refused(options: dict[str, Any], message: str) -> None:
