@@ -17,7 +17,7 @@ from typing import Any
 # Forked data-loader children of a process with live channels crash otherwise; set before gRPC is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from diloco.config import RunConfig, warnings
+from diloco.config import RunConfig, check_distributed, warnings
 from diloco.errors import ConfigError, DilocoError, EnvironmentProblem, TransportError
 
 INTERRUPTED = 130
@@ -59,12 +59,22 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--connections", type=int, default=1, metavar="K", help="TCP connections that share the data"
     )
     worker.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
+    worker.add_argument("--link", metavar="RATE,RTT", help="emulate a slow link, such as 2Mbit,50ms")
     worker.set_defaults(run=_worker)
+
+    train = commands.add_parser("train", help="train on one node, without a coordinator; under torchrun too")
+    train.add_argument("config", metavar="RUN.toml")
+    train.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint, if there is one"
+    )
+    train.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
+    train.set_defaults(run=_train)
 
     demo = commands.add_parser("demo", help="a coordinator and workers on this machine, real text, a report")
     demo.add_argument("--workers", type=int, default=2)
     demo.add_argument("--minutes", type=float, default=2.0, help="about how long to train")
     demo.add_argument("--fresh", action="store_true", help="start afresh instead of resuming")
+    demo.add_argument("--link", metavar="RATE,RTT", help="emulate slow links, such as 2Mbit,50ms")
     demo.set_defaults(run=_demo)
 
     plan = commands.add_parser("plan", help="which H, overlap and codec keep a run computing on a given link")
@@ -75,8 +85,30 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument(
         "--table", choices=["published"], help="the papers' bandwidth tables beside this model's"
     )
+    plan.add_argument("--schedule", action="store_true", help="compare learning-rate schedules instead")
+    plan.add_argument("--steps", type=int, metavar="N", help="of the run, with --schedule")
+    plan.add_argument("--warmup", type=int, default=0, metavar="N", help="steps, with --schedule")
+    plan.add_argument("--kind", metavar="KIND", help="the schedule that --lr is the best peak of")
+    plan.add_argument("--lr", type=float, metavar="LR", help="best peak learning rate so far")
+    plan.add_argument(
+        "--extend-to", type=int, metavar="N", help="steps of the longer run to rescale --lr for"
+    )
+    plan.add_argument(
+        "--cooldown", type=int, metavar="N", help="steps, of the run of --steps; default a fifth"
+    )
+    plan.add_argument(
+        "--done",
+        type=int,
+        metavar="N",
+        help="constant steps the longer run keeps; default: up to the cooldown",
+    )
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(run=_plan)
+
+    params = commands.add_parser("params", help="which optimizer trains which parameter, and at which rates")
+    params.add_argument("config", metavar="RUN.toml")
+    params.add_argument("--json", action="store_true")
+    params.set_defaults(run=_params)
 
     for name, text in (("status", "print a run's state once"), ("top", "watch a run")):
         view = commands.add_parser(name, help=text)
@@ -137,6 +169,7 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from diloco.coordinator.service import CoordinatorService
 
     config = RunConfig.load(arguments.config, overrides)
+    check_distributed(config)
     for text in warnings(config):
         _say(f"warning: {text}")
     folder = _run_dir(config)
@@ -184,13 +217,16 @@ def _finish(service: Any, folder: Path) -> None:
 
 def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from diloco.comms.connect import connect
+    from diloco.comms.link import Link
     from diloco.comms.metrics import WorkerCollector, serve
     from diloco.worker.loop import Trainer
 
     config = RunConfig.load(arguments.config, overrides)
+    check_distributed(config)
     name = arguments.id or f"{os.uname().nodename}-{os.getpid()}"
     stop = _stop_on_signals()
-    connection = connect(arguments.coordinator, channels=arguments.connections)
+    link = Link.parse(arguments.link) if arguments.link else None
+    connection = connect(arguments.coordinator, channels=arguments.connections, link=link)
     trainer = None
     try:
         trainer = Trainer(config, connection, name=name, run_dir=_run_dir(config), stop=stop, say=_say)
@@ -214,11 +250,21 @@ def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
         connection.close()
 
 
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.training import run
+
+    return run(arguments.config, overrides, resume=arguments.resume, metrics=arguments.metrics, say=_say)
+
+
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from diloco.demo import run
 
     return run(
-        workers=arguments.workers, minutes=arguments.minutes, fresh=arguments.fresh, overrides=overrides
+        workers=arguments.workers,
+        minutes=arguments.minutes,
+        fresh=arguments.fresh,
+        link=arguments.link,
+        overrides=overrides,
     )
 
 
@@ -252,11 +298,38 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.table:
         print_published(arguments.json)
         return 0
+    if arguments.schedule:
+        return _plan_schedule(arguments)
     missing = [n for n in ("params", "step_time", "link") if getattr(arguments, n) is None]
     if missing:
         names = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ConfigError(f"plan: give {names} too, or --table published")
     print_plan(arguments.params, arguments.step_time, arguments.link, arguments.workers, arguments.json)
+    return 0
+
+
+def _plan_schedule(arguments: argparse.Namespace) -> int:
+    from diloco.plan_schedule import print_schedules
+
+    if arguments.steps is None:
+        raise ConfigError("plan --schedule: give --steps, the number of inner steps of the run")
+    print_schedules(
+        arguments.steps,
+        warmup=arguments.warmup,
+        kind=arguments.kind,
+        lr=arguments.lr,
+        extend_to=arguments.extend_to,
+        cooldown=arguments.cooldown,
+        done=arguments.done,
+        as_json=arguments.json,
+    )
+    return 0
+
+
+def _params(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from diloco.params import print_params
+
+    print_params(RunConfig.load(arguments.config, overrides), arguments.json)
     return 0
 
 

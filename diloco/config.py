@@ -11,11 +11,13 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diloco.errors import ConfigError, nearest
+from diloco.optim_section import AVERAGING, Optim, composition_problem
+from diloco.schedules_section import Schedule, schedule_problems, schedule_warnings
 
 
 class Section(BaseModel):
@@ -55,21 +57,25 @@ class Train(Section):
     compile: bool = False
     threads: int = Field(0, ge=0)  # 0: torch's own choice
     checkpoint_every: int = Field(0, ge=0)  # inner steps between a worker's own checkpoints; 0: only at exit
+    outer: Literal["none", "snoo", "gpa", "anytime"] = (
+        "none"  # around the inner optimizer, in `diloco train` alone
+    )
 
 
-class Optim(Section):
-    kind: Literal["adamw", "muon", "normuon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+class Snoo(Section):
+    k: int = Field(10, ge=1)  # inner steps per outer step
+    lr: float = Field(0.7, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    offload: bool = False  # slow copy and momentum in CPU memory
 
 
-class Schedule(Section):
-    kind: str = "cosine"
-    warmup: int = Field(0, ge=0)
-    final: float = Field(0.1, ge=0, le=1)
-    cooldown: int | None = Field(None, ge=0)
+class Gpa(Section):
+    mu_x: float = Field(0.9967, ge=0, le=1)
+    mu_y: float = Field(0.7, gt=0, le=1)
+
+
+class Anytime(Section):
+    half_life: float = Field(0.1, gt=0, le=1)  # of the average, as a fraction of the steps so far
 
 
 class Outer(Section):
@@ -117,11 +123,15 @@ class Fault(Section):
     late: Literal["skip", "isolate", "carry", "discount", "rollback"] = "skip"
     s_max: int = Field(1, ge=0)
     rebase: bool = True
+    quarantine_after: int = Field(
+        5, ge=0
+    )  # bad contributions before a worker is shut out for a while; 0: never
 
 
 class Weights(Section):
     mode: Literal["uniform", "tokens", "tokens_rate", "shard"] = "uniform"
     normalize: Literal["none", "steps"] = "none"
+    merge: Literal["mean", "rda"] = "mean"  # rda: directions and lengths averaged apart, per tensor
     staleness_pow: float = Field(0.5, ge=0)
     dylu: bool = False
     dn_N: int = Field(1, ge=1)
@@ -133,7 +143,7 @@ class Robust(Section):
         "mean", "clip_median", "norm_outlier", "trimmed", "coord_median", "centered_clip", "cos_gate"
     ] = "mean"
     trim: int = Field(1, ge=0)
-    rho: Literal["auto"] | float = "auto"
+    rho: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"  # auto: the median distance
     iters: int = Field(3, ge=1)
 
 
@@ -152,6 +162,9 @@ class RunConfig(Section):
     model: Model = Model()
     data: Data = Data()
     train: Train = Train()
+    snoo: Snoo = Snoo()
+    gpa: Gpa = Gpa()
+    anytime: Anytime = Anytime()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     outer: Outer = Outer()
@@ -224,6 +237,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown configuration key {name!r}{nearest(str(location[-1]), _known(location))}"
     message = re.sub(r"^Value error, ", "", item["msg"])
+    if item["type"] == "value_error" and isinstance(item["input"], dict):
+        return message  # a whole section: the message names the keys
     return f"{name} = {item['input']!r}: {message}" if name else message
 
 
@@ -245,6 +260,52 @@ def _impossible(c: RunConfig) -> list[str]:
         found.append(f"codec.block = {c.codec.block} must be a power of two, such as 256")
     if c.codec.topk % 2:
         found.append(f"codec.topk = {c.codec.topk} must be even: two indices share three bytes")
+    found += _robust_problems(c)
+    found += schedule_problems(c.schedule, c.run.inner_steps_total, c.optim.kind, c.optim.momentum)
+    around = composition_problem(c.optim.kind, c.train.outer)
+    if around:
+        found.append(around)
+    if c.optim.kind in AVERAGING and c.schedule.kind != "constant":
+        found.append(
+            f"optim.kind = {c.optim.kind!r} needs no schedule beyond its own warm-up: set schedule.kind = 'constant'"
+        )
+    return found
+
+
+def _robust_problems(c: RunConfig) -> list[str]:
+    kind, found = c.robust.kind, []
+    if c.codec.up == "topk" and kind not in ("mean", "clip_median", "norm_outlier"):
+        found.append(
+            f"robust.kind = {kind!r} needs every value of a contribution and codec.up = 'topk' sends few: "
+            "use 'clip_median' or 'norm_outlier', or another codec.up"
+        )
+    if kind == "trimmed" and c.topology.workers > 2 and 2 * c.robust.trim >= c.topology.workers:
+        found.append(
+            f"robust.trim = {c.robust.trim} at both ends leaves nothing of topology.workers = {c.topology.workers}: "
+            "2 * trim must be smaller"
+        )
+    if c.weights.merge == "rda" and kind in ("trimmed", "coord_median", "centered_clip"):
+        found.append(
+            f"weights.merge = 'rda' cannot be combined with robust.kind = {kind!r}, which merges by its own rule: "
+            "use 'mean', 'clip_median', 'norm_outlier' or 'cos_gate', or weights.merge = 'mean'"
+        )
+    return found
+
+
+def _robust_warnings(c: RunConfig) -> list[str]:
+    kind, found = c.robust.kind, []
+    if kind not in ("mean", "clip_median") and c.topology.workers < 3:
+        found.append(
+            f"robust.kind = {kind!r} with topology.workers = {c.topology.workers}: with fewer than 3 contributions "
+            "nobody can tell which is bad, and each is only cut to the median norm"
+        )
+    if kind in ("trimmed", "coord_median") and c.weights.mode != "uniform":
+        found.append(
+            f"robust.kind = {kind!r} takes no weights: weights.mode = {c.weights.mode!r} has no effect"
+        )
+    for key, user in (("trim", "trimmed"), ("rho", "centered_clip"), ("iters", "centered_clip")):
+        if kind != user and getattr(c.robust, key) != Robust.model_fields[key].default:
+            found.append(f"robust.{key} has an effect with robust.kind = {user!r} only, which is {kind!r}")
     return found
 
 
@@ -256,11 +317,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "stream.merge": ("lerp", "delay_corrected"),
     "codec.stochastic": (False,),
     "fault.late": ("skip",),
-    "weights.mode": ("uniform", "tokens"),
-    "weights.normalize": ("none",),
+    "weights.mode": ("uniform", "tokens", "tokens_rate"),
     "weights.dylu": (False,),
     "weights.dn_N": (1,),
-    "robust.kind": ("mean",),
     "topology.kind": ("central",),
     "outer.gradient_clip": (None,),
     "fault.gamma": (0.9,),
@@ -268,10 +327,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "fault.rebase": (True,),
     "weights.staleness_pow": (0.5,),
     "weights.dn_c": (0.0,),
-    "robust.trim": (1,),
-    "robust.rho": ("auto",),
-    "robust.iters": (3,),
 }
+_BECAUSE = {"weights.mode": ": the coordinator is not told how large a worker's shard is"}
 
 
 def _not_offered(c: RunConfig) -> list[str]:
@@ -281,19 +338,42 @@ def _not_offered(c: RunConfig) -> list[str]:
         value = getattr(getattr(c, section), key)
         if value not in offered:
             found.append(
-                f"{name} = {value!r} is not available in this version; use one of {', '.join(map(repr, offered))}"
+                f"{name} = {value!r} is not available in this version{_BECAUSE.get(name, '')}; "
+                f"use one of {', '.join(map(repr, offered))}"
             )
     return found
 
 
+def check_distributed(c: RunConfig) -> None:
+    """Refuse an inner optimizer that the run's outer one cannot go around; `diloco train` has no such outer one.
+
+    Raises:
+        ConfigError: with the reason and what to use instead.
+    """
+    problem = composition_problem(c.optim.kind, "gpa" if c.outer.kind == "gpa" else "diloco")
+    if problem:
+        raise ConfigError(f"{problem}; a single node can use it with `diloco train`")
+
+
 def warnings(c: RunConfig) -> list[str]:
     """Settings that work but are probably not meant, each with what to do instead."""
-    found = []
+    found = schedule_warnings(c.schedule)
     if c.stream.alpha == 1:
         found.append("stream.alpha = 1 never takes anything in: workers are independent; use 0.5")
     if c.stream.overlap == "none" and (c.stream.tau or c.stream.alpha):
         found.append(
             "stream.overlap = 'none' means tau = 0 and alpha = 0; the given tau and alpha are ignored"
+        )
+    found += _robust_warnings(c)
+    if (
+        c.codec.up == "topk"
+        and c.codec.ef == "on"
+        and c.outer.momentum > 0
+        and c.outer.kind in ("nesterov", "sgdm")
+    ):
+        found.append(
+            f"codec.up = 'topk' with codec.ef = 'on' and outer.momentum = {c.outer.momentum}: the error feedback "
+            "already acts as momentum; use outer.momentum = 0 or outer.kind = 'sgd'"
         )
     rounds = c.run.inner_steps_total / c.stream.H
     if rounds < 200 and c.outer.momentum >= 0.8 and c.outer.kind in ("nesterov", "sgdm"):

@@ -21,7 +21,10 @@ ENTRY_POINTS = {
     "diloco.cli",
     "diloco.demo",
     "diloco.live",
+    "diloco.params",
+    "diloco.plan_schedule",
     "diloco.planning",
+    "diloco.training",
 }
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 

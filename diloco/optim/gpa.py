@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diloco.errors import ConfigError
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, evaluate, state_dtype
-from diloco.optim.wrapping import add_entries, param_entries, take_entries
+from diloco.optim.wrapping import add_entries, batches, param_entries, take_entries
 
 
 class GPA(torch.optim.Optimizer):
@@ -15,9 +15,9 @@ class GPA(torch.optim.Optimizer):
 
         y = mu_y x + (1-mu_y) z ;  z' = base step on z with the gradient at y ;  x' = mu_x x + (1-mu_x) z'
 
-    The parameters hold y in train mode and x in eval mode; one more tensor per parameter holds z. With dz = z' - z,
-    ``y' = z' + mu_x (y - z - mu_y dz)``, so mu_x = 0 is exactly the base optimizer. Weight decay acts on z. From an
-    outer momentum mu with H inner steps: ``mu_x = mu^(1/H)``. Needs a learning-rate schedule.
+    The parameters hold y in train mode and x in eval mode; one more tensor per parameter holds z, and during a step
+    a third x. As ``y' = z' + mu_x mu_y (x - z')``, mu_x = 0 is exactly the base optimizer; beyond the base's, a step
+    moves 10 times the bytes of z. Weight decay acts on z. From an outer momentum mu with H inner steps: ``mu_x = mu^(1/H)``. Needs a learning-rate schedule.
 
     `param_groups` and `state` are the base optimizer's own objects, so schedulers work unchanged. A closure is
     evaluated at y. Start is x = y = z; a parameter without a gradient is left alone.
@@ -69,20 +69,26 @@ class GPA(torch.optim.Optimizer):
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not active:
             return loss
-        ys, zs = [], []
-        for p in active:
-            y = p.to(dtype=state_dtype(p), copy=True)
-            z = self.z.setdefault(p, y.clone())
-            p.copy_(z)
-            ys.append(y)
-            zs.append(z)
+        work = []
+        for ps in batches(active):
+            zs = [self._z(p) for p in ps]
+            xs = torch._foreach_lerp(_as_state(ps, zs), zs, 1 - 1 / self.mu_y)
+            torch._foreach_copy_(ps, zs)
+            work.append((ps, zs, xs))
         self.optimizer.step()
-        for p, y, z in zip(active, ys, zs, strict=True):
-            y.sub_(z)
-            dz = p.to(z.dtype) - z
-            z.copy_(p)
-            p.copy_(y.sub_(dz, alpha=self.mu_y).mul_(self.mu_x).add_(z))
+        for ps, zs, xs in work:
+            torch._foreach_copy_(zs, ps)
+            weight = self.mu_x * self.mu_y
+            if ps[0].dtype == zs[0].dtype:
+                torch._foreach_lerp_(ps, xs, weight)
+            else:
+                torch._foreach_copy_(ps, torch._foreach_lerp(zs, xs, weight))
         return loss
+
+    def _z(self, p: Tensor) -> Tensor:
+        if p not in self.z:
+            self.z[p] = p.detach().to(dtype=state_dtype(p), copy=True)
+        return self.z[p]
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -99,8 +105,9 @@ class GPA(torch.optim.Optimizer):
         self.training = True
 
     def _move(self, weight: float) -> None:
-        for p, z in self.z.items():
-            p.copy_(torch.lerp(p.to(z.dtype), z, weight))
+        for ps in batches(self.z):
+            zs = [self.z[p] for p in ps]
+            torch._foreach_copy_(ps, torch._foreach_lerp(_as_state(ps, zs), zs, weight))
 
     def state_dict(self) -> StateDict:
         """The base's state in torch's format, with `gpa_z` per parameter and the mode per group."""
@@ -118,3 +125,8 @@ class GPA(torch.optim.Optimizer):
         self._share()
         self.training = own["gpa_training"]
         self.z = dict(param_entries(self.optimizer, state_dict, "gpa_z"))
+
+
+def _as_state(ps: list[Tensor], zs: list[Tensor]) -> list[Tensor]:
+    """`ps`, or copies of them, in the dtype of `zs`."""
+    return ps if ps[0].dtype == zs[0].dtype else [p.to(z.dtype) for p, z in zip(ps, zs, strict=True)]

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
 from diloco.optim.coefficients import coefficient_set
-from diloco.optim.orthogonalize import ITERATION_DTYPES, check_options, orthogonalize
+from diloco.optim.orthogonalize import (
+    ITERATION_DTYPES,
+    check_options,
+    compiled,
+    orthogonalize,
+    orthogonalize_each,
+)
 from diloco.optim.state import state_dtype
 
 SCALES = ("match_rms", "original", "spectral", "shape_up", "none")
@@ -92,8 +98,14 @@ def check_matrix_group(group: dict[str, Any]) -> None:
 def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
     """orth of every matrix of every ``[N, r, c]`` tensor, in the iteration dtype and the given orientation.
 
-    Equal shapes (after turning tall matrices) go through one batched call; the result equals the one-by-one one.
+    The result equals the one-by-one one. Outside the compiled code, equal shapes (after turning tall matrices) go
+    through one batched call.
     """
+    chosen, dtype = coefficient_set(group["coefficients"]), iteration_dtype(group["iteration_dtype"])
+    if matrices and compiled(matrices[0].device, chosen, dtype, group["start"]):
+        each = [x for m in matrices for x in m.unbind()]
+        alone = iter(orthogonalize_each(each, chosen, dtype, group["orth_eps"], group["form"]))
+        return [torch.stack([next(alone) for _ in m]) for m in matrices]
     out: list[Tensor | None] = [None] * len(matrices)
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, m in enumerate(matrices):
@@ -108,7 +120,7 @@ def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> l
             result = orthogonalize(
                 torch.cat(wide) if len(wide) > 1 else wide[0],
                 group["coefficients"],
-                dtype=iteration_dtype(group["iteration_dtype"]),
+                dtype=dtype,
                 eps=group["orth_eps"],
                 form=group["form"],
                 start=group["start"],

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diloco.kernels.orthogonal_cpu import Update
 from diloco.optim.coefficients import Coefficients
+from diloco.optim.compiled import compiled_update
 from diloco.optim.matrices import (
     apply_update,
     check_matrix_group,
@@ -58,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         coefficients: Coefficients = "you5",
         iteration_dtype: torch.dtype | str = torch.bfloat16,
         orth_eps: float = 1e-7,
-        form: Form = "plain",
+        form: Form = "auto",
         start: Start = "frobenius",
         stacked: bool | None = None,
         blocks: int | Sequence[int] = 1,
@@ -103,10 +105,19 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            lr = float(group["lr"])
+            params = compiled_update(
+                self,
+                params,
+                group,
+                fused_options(group, decay=lr * group["weight_decay"]),
+                lambda r, c, lr=lr, scale=group["scale"]: lr * shape_scale(scale, r, c),
+            )
+            if not params:
+                continue
             updates = momentum_updates(self, params, group)
             pieces = [split(p, group) for p in params]
             matrices = [m for u in updates for m in split(u, group)]
-            lr = float(group["lr"])
             for p, o in zip(
                 (b for blocks in pieces for b in blocks), orthogonalize_all(matrices, group), strict=True
             ):
@@ -118,6 +129,17 @@ class Muon(torch.optim.Optimizer):
                     cautious=group["cautious"],
                 )
         return loss
+
+
+def fused_options(group: Mapping[str, Any], *, decay: float, **more: Any) -> Update:
+    """What the compiled step needs to know of a group; `decay` is the fraction by which weights shrink."""
+    return Update(
+        weight=1 - float(group["momentum"]),
+        keep=1 - decay,
+        nesterov=group["nesterov"],
+        cautious=group["cautious"],
+        **more,
+    )
 
 
 def momentum_updates(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
 from diloco.optim.coefficients import Coefficients
+from diloco.optim.compiled import compiled_update
 from diloco.optim.matrices import apply_update, check_matrix_group, orthogonalize_all, shape_scale, split
-from diloco.optim.muon import momentum_updates
+from diloco.optim.muon import fused_options, momentum_updates
 from diloco.optim.orthogonalize import Form, Start
 from diloco.optim.state import (
     Closure,
@@ -66,7 +67,7 @@ class NorMuon(torch.optim.Optimizer):
         coefficients: Coefficients = "you5",
         iteration_dtype: torch.dtype | str = torch.bfloat16,
         orth_eps: float = 1e-7,
-        form: Form = "plain",
+        form: Form = "auto",
         start: Start = "frobenius",
         stacked: bool | None = None,
         blocks: int | Sequence[int] = 1,
@@ -125,11 +126,15 @@ class NorMuon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
+            lr = float(group["lr"])
+            decay = lr * group["weight_decay"] * (lr if group["variant"] == "speedrun" else 1.0)
+            if group["variant"] == "rows":
+                params = self._compiled(params, group, lr, decay)
+            if not params:
+                continue
             updates = momentum_updates(self, params, group)
             matrices = [m for u in updates for m in split(u, group)]
             directions = iter(orthogonalize_all(matrices, group))
-            lr = float(group["lr"])
-            decay = lr * group["weight_decay"] * (lr if group["variant"] == "speedrun" else 1.0)
             for p in params:
                 blocks = split(p, group)
                 for k, block in enumerate(blocks):
@@ -138,6 +143,21 @@ class NorMuon(torch.optim.Optimizer):
                     update = _restored(O, divide_by_rms(O, self.state[p], key, group), group)
                     apply_update(block, update, step=lr, decay=decay, cautious=group["cautious"])
         return loss
+
+    def _compiled(self, params: list[Tensor], group: ParamGroup, lr: float, decay: float) -> list[Tensor]:
+        exact = group["scale"] == "rms_exact"
+        how = fused_options(
+            group,
+            decay=decay,
+            advance=1 - float(group["beta2"]),
+            norm_eps=float(group["eps"]),
+            restore_rms=exact,
+        )
+
+        def step(rows: int, columns: int) -> float:
+            return lr if exact else lr * shape_scale(group["scale"], rows, columns)
+
+        return compiled_update(self, params, group, how, step, rows=True)
 
 
 def divide_by_rms(O: Tensor, state: dict[str, Any], key: str, group: Mapping[str, Any]) -> Tensor:

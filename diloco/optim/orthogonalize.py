@@ -1,22 +1,29 @@
 """The orthogonalising iteration: approximately U V^T of G = U S V^T from matrix products alone.
 
-Coefficient sets are in `coefficients`; who stacks which matrices into one call is `matrices`.
+Coefficient sets are in `coefficients`; who stacks which matrices into one call is `matrices`. On CPUs where it is
+faster the arithmetic is that of `diloco.kernels.orthogonal_cpu`; everywhere else it is torch's, below.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
-from diloco.optim.coefficients import Coefficients, CoefficientSet, coefficient_set
+from diloco.kernels import orthogonal_cpu
+from diloco.optim.coefficients import Coefficients, CoefficientSet, Triple, coefficient_set
 
-Form = Literal["plain", "gram"]
+Form = Literal["plain", "gram", "auto"]
 Start = Literal["frobenius", "aol"]
+FORMS = ("plain", "gram", "auto")
 ITERATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _RESTART = 2  # the iteration before which the Gram form recomputes X and R, to stop error growth
+# `auto` ends on the Gram matrix: where the matrix is this wide, and the smallest singular values have grown this much.
+_WIDE, _GROWN, _LAST = 1.5, 32.0, 2
 
 
 def orthogonalize(
@@ -36,11 +43,15 @@ def orthogonalize(
         dtype: of the iteration and the result. The norm is taken in float32 (float64 when `dtype` is float64).
         eps: added to the norm; the floor of the row sums in the AOL start.
         form: ``gram`` iterates on the small Gram matrix (for wide or tall matrices; square ones take ``plain``).
+            ``auto`` is plain but for the last two iterations of matrices at least 1.5 times as long as they are wide,
+            which it does on the Gram matrix: by then no singular value is too small for it, and the error stays that
+            of ``plain``. It falls back to ``plain`` where the coefficients before amplify less than 32-fold.
         start: ``aol`` scales rows so that ||X||_2 <= 1 (arXiv 2512.04632); it converges to the polar factor of
             diag(s) X, a few per cent from that of X, and is not rotation-equivariant.
 
     Returns:
-        A tensor of G's shape in `dtype`. Zero matrices give zero.
+        A tensor of G's shape in `dtype`. Zero matrices give zero. On a CPU a batch equals its matrices one by one and
+        the result does not depend on the number of threads, bit for bit.
 
     Raises:
         ConfigError: not a floating-point matrix, unknown name, form, start or dtype, or the Gram form with Polar
@@ -58,27 +69,48 @@ def orthogonalize(
     if G.numel() == 0:
         return torch.zeros_like(G, dtype=dtype)
     X = G.reshape(-1, rows, columns)
+    if compiled(X.device, chosen, dtype, start):
+        alone = orthogonalize_each(X.unbind(), chosen, dtype, eps, form)
+        return (torch.stack(alone) if len(alone) > 1 else alone[0]).reshape(G.shape)
     tall = rows > columns
     if tall:
         X = X.mT
-    gram_form = form == "gram" and rows != columns
+    pieces = segments(chosen, form, start, rows, columns)
     # BLAS picks its order of summation by memory alignment: on a CPU only fresh copies of single matrices make a
     # result independent of its neighbours, and batching gains nothing there.
     parts = torch.split(X, 1) if X.device.type == "cpu" else (X,)
-    results = [_orthogonalize_wide(part, chosen, dtype, eps, gram_form, start == "aol") for part in parts]
+    results = [_orthogonalize_wide(part, chosen, pieces, dtype, eps, start == "aol") for part in parts]
     X = results[0] if len(results) == 1 else torch.cat(results)
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def _orthogonalize_wide(
-    X: Tensor, chosen: CoefficientSet, dtype: torch.dtype, eps: float, gram_form: bool, aol: bool
-) -> Tensor:
-    X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    # Only eps = 0 needs the floor: it turns 0/0 into 0.
-    X = X / (chosen.div * norm + eps).clamp_min(torch.finfo(X.dtype).tiny)
-    X, gram = _aol(X, dtype, eps, chosen.div) if aol else (X.to(dtype), None)
-    return _gram_form(X, gram, chosen) if gram_form else _plain_form(X, gram, chosen)
+def compiled(device: torch.device, chosen: CoefficientSet, dtype: torch.dtype, start: str) -> bool:
+    """Whether the compiled CPU code does this iteration."""
+    iterations = len(chosen.triples)
+    return device.type == "cpu" and start == "frobenius" and orthogonal_cpu.supports(dtype, iterations)
+
+
+def orthogonalize_each(
+    matrices: Sequence[Tensor], chosen: CoefficientSet, dtype: torch.dtype, eps: float, form: str
+) -> list[Tensor]:
+    """`orthogonalize` of CPU matrices ``[r, c]`` of any shapes in one call, where `compiled` says so."""
+    return orthogonal_cpu.orthogonalize(
+        [m.to(torch.float32) for m in matrices],
+        [segments(chosen, form, "frobenius", *m.shape) for m in matrices],
+        orthogonal_cpu.Iteration(chosen.triples, dtype, chosen.div, eps),
+    )
+
+
+def segments(chosen: CoefficientSet, form: str, start: str, rows: int, columns: int) -> tuple[int, ...]:
+    """How many iterations in turn are done on one Gram matrix before X is recomputed; all ones is the plain form."""
+    n = len(chosen.triples)
+    if form == "gram" and rows != columns:
+        return (n,) if n <= _RESTART else (_RESTART, n - _RESTART)
+    if form == "auto" and start == "frobenius" and max(rows, columns) >= _WIDE * min(rows, columns):
+        growth = math.prod(a for a, _, _ in chosen.triples[:-_LAST])
+        if n > _LAST and growth >= _GROWN:
+            return (1,) * (n - _LAST) + (_LAST,)
+    return (1,) * n
 
 
 def check_options(chosen: CoefficientSet, dtype: torch.dtype, eps: float, form: str, start: str) -> None:
@@ -87,43 +119,53 @@ def check_options(chosen: CoefficientSet, dtype: torch.dtype, eps: float, form: 
         raise ConfigError(f"iteration dtype is {dtype}: choose bfloat16, float16, float32 or float64")
     if eps < 0:
         raise ConfigError(f"eps is {eps}: give 0 or more")
-    for name, value, known in (("form", form, ("plain", "gram")), ("start", start, ("frobenius", "aol"))):
+    for name, value, known in (("form", form, FORMS), ("start", start, ("frobenius", "aol"))):
         if value not in known:
             raise ConfigError(f"{name} is {value!r}: known are {', '.join(known)}{nearest(value, known)}")
     if form == "gram" and dtype == torch.bfloat16 and chosen.name.startswith("polar"):
         raise ConfigError(
             f"form 'gram' with coefficients {chosen.name!r} in bfloat16 loses the result to rounding: "
-            "use float16, the plain form, or another set such as 'you5'"
+            "use float16, the forms 'auto' or 'plain', or another set such as 'you5'"
         )
 
 
-def _plain_form(X: Tensor, gram: Tensor | None, chosen: CoefficientSet) -> Tensor:
-    for i, (a, b, c) in enumerate(chosen.triples):
-        A = gram if i == 0 and gram is not None else torch.bmm(X, X.mT)
-        # One rounding per line: b A + c A A as separate operations doubles the error in 16 bits.
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+def _orthogonalize_wide(
+    X: Tensor, chosen: CoefficientSet, pieces: Sequence[int], dtype: torch.dtype, eps: float, aol: bool
+) -> Tensor:
+    X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    # Only eps = 0 needs the floor: it turns 0/0 into 0.
+    X = X / (chosen.div * norm + eps).clamp_min(torch.finfo(X.dtype).tiny)
+    X, gram = _aol(X, dtype, eps, chosen.div) if aol else (X.to(dtype), None)
+    done = 0
+    for length in pieces:
+        R = torch.bmm(X, X.mT) if gram is None else gram
+        triples = chosen.triples[done : done + length]
+        if length == 1:
+            a, b, c = triples[0]
+            # One rounding per line: b A + c A A as separate operations doubles the error in 16 bits.
+            X = torch.baddbmm(X, torch.baddbmm(R, R, R, beta=b, alpha=c), X, beta=a)
+        else:
+            X = torch.bmm(_polynomial(R, triples), X)
+        gram, done = None, done + length
     return X
 
 
-def _gram_form(X: Tensor, gram: Tensor | None, chosen: CoefficientSet) -> Tensor:
-    R = torch.bmm(X, X.mT) if gram is None else gram
+def _polynomial(R: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """Q of X <- Q X for several iterations, from R = X X^T alone."""
     Q: Tensor | None = None
-    last = len(chosen.triples) - 1
-    for i, (a, b, c) in enumerate(chosen.triples):
-        if i == _RESTART and Q is not None:
-            X = torch.bmm(Q, X)
-            R, Q = torch.bmm(X, X.mT), None
+    for i, (a, b, c) in enumerate(triples):
         Z = torch.baddbmm(R, R, R, beta=b, alpha=c)
         if Q is None:
             Q = Z.clone()
             Q.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             Q = torch.baddbmm(Q, Q, Z, beta=a)
-        if i != last and i + 1 != _RESTART:
+        if i + 1 != len(triples):
             T = torch.baddbmm(R, R, Z, beta=a)
             R = torch.baddbmm(T, Z, T, beta=a)
-    return X if Q is None else torch.bmm(Q, X)
+    assert Q is not None
+    return Q
 
 
 def _aol(X: Tensor, dtype: torch.dtype, eps: float, div: float) -> tuple[Tensor, Tensor]:

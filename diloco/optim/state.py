@@ -69,7 +69,7 @@ def restore_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
 
 def check_group(group: Mapping[str, Any], known: Iterable[str], owner: str) -> None:
     """Refuse unknown options, negative lr, decay or eps, and momenta and betas outside [0, 1)."""
-    names = {*known, "params", "param_names", "lr", "initial_lr", "name", "why"}
+    names = {*known, "params", "param_names", "lr", "initial_lr", "name", "why", "normalized"}
     for key in group:
         if key not in names:
             raise ConfigError(f"{owner} has no option {key!r}{nearest(key, names)}")

@@ -1,12 +1,12 @@
-"""Keeping a wrapper's own state inside the wrapped optimizer's state dictionary, in torch's format.
+"""What the wrappers `snoo` and `gpa` share: their state inside the wrapped optimizer's, and batches of parameters.
 
-A wrapper (`snoo`, `gpa`) adds prefixed entries, per parameter and per group, so that anything that can store a torch
-optimizer can store it, and takes them out again before the wrapped optimizer loads the rest.
+A wrapper adds prefixed entries, per parameter and per group, so that anything that can store a torch optimizer can
+store it, and takes them out again before the wrapped optimizer loads the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,28 @@ from torch import Tensor
 
 from diloco.errors import ConfigError
 from diloco.optim.state import StateDict, params_in_order
+
+BATCH = 1 << 26  # elements: temporaries of one batched operation stay below 256 MiB
+
+
+def batches(params: Iterable[Tensor], limit: int = BATCH) -> Iterator[list[Tensor]]:
+    """`params` in order, those of equal device and dtype together, for torch's `_foreach` operations.
+
+    At most `limit` elements at a time; a larger parameter comes alone.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        alike.setdefault((p.device, p.dtype), []).append(p)
+    for group in alike.values():
+        taken: list[Tensor] = []
+        count = 0
+        for p in group:
+            if taken and count + p.numel() > limit:
+                yield taken
+                taken, count = [], 0
+            taken.append(p)
+            count += p.numel()
+        yield taken
 
 
 def add_entries(

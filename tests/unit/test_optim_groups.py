@@ -7,49 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diloco.config import RunConfig
 from diloco.errors import ConfigError
-from diloco.optim import SNOO, Combined, Muon, NorMuon, build_optimizer, param_groups
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.experts = nn.Parameter(torch.randn(2, width, 4) * 0.1)
-        self.conv = nn.Conv1d(width, width, 3, padding=1, groups=width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        x = x + self.conv((q * k * v).mT).mT
-        out: Tensor = x + (x @ self.experts[0]) @ self.experts[1].mT
-        return out
-
-
-class Net(nn.Module):
-    def __init__(self, tied: bool, width: int = 8) -> None:
-        super().__init__()
-        self.lm_head = nn.Linear(width, 11, bias=False)
-        self.wte = nn.Embedding(11, width)
-        self.pos_emb = nn.Parameter(torch.zeros(5, width))
-        self.blocks = nn.ModuleList([Block(width), Block(width)])
-        if tied:
-            self.lm_head.weight = self.wte.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.pos_emb
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.lm_head(x)
-        return out
-
-
-def net(tied: bool = False) -> Net:
-    torch.manual_seed(0)
-    return Net(tied)
+from diloco.optim import (
+    SNOO,
+    AdamW,
+    Combined,
+    Muon,
+    NorMuon,
+    build_optimizer,
+    param_groups,
+)
+from diloco.optim.build import explain
+from diloco.optim.groups import followed_by_norm
+from diloco.optim_section import AVERAGING, KINDS, uses
+from diloco.worker.model import build_model
+from tests.nets import net, train
 
 
 def names(groups: list[dict[str, Any]], kind: str) -> set[str]:
@@ -126,18 +101,16 @@ def test_what_cannot_be_grouped_is_refused() -> None:
         param_groups(nn.Linear(3, 3), d_base=4)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "normuon", "hyperball"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_built_optimizer_trains_every_parameter(kind: str, tied: bool) -> None:
-    """Two steps of the built optimizer move everything, with SNOO around it too."""
+    """Of every kind: two steps move everything, with SNOO around it where that is allowed."""
     model = net(tied)
+    blocks = {"blocks": {"qkv": 3}} if uses(kind, "blocks") else {}
+    built = build_optimizer(model, {"kind": kind, "lr": 0.01} | blocks, total_steps=4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = SNOO(build_optimizer(model, {"kind": kind, "lr": 0.01, "blocks": {"qkv": 3}}), k=2)
-    tokens = torch.arange(5)[None]
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(tokens)[0], tokens[0]).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    optimizer = built if kind in AVERAGING else SNOO(built, k=2)
+    train(model, optimizer, 2)
     assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
 
 
@@ -170,6 +143,9 @@ def test_a_section_or_a_whole_configuration_is_accepted() -> None:
     ("options", "message"),
     [
         ({"kind": "mouon"}, "did you mean 'muon'"),
+        ({"kind": "scion", "betas": (0.9, 0.9)}, r"optim\.betas is not used by optim\.kind = 'scion'.*adamw"),
+        ({"kind": "muown"}, r"give optim\.total_steps"),
+        ({"kind": "sgd", "momentum": 0.0, "nesterov": True}, "give a momentum"),
         ({"momentun": 0.9}, "did you mean 'momentum'"),
         ({"kind": "muon", "iteration_dtype": "bfloat"}, "did you mean 'bfloat16'"),
     ],
@@ -193,3 +169,91 @@ def test_combined_takes_no_groups_later() -> None:
         built.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
     with pytest.raises(ConfigError, match="at least one"):
         Combined()
+
+
+# ---- mixtures of experts ----
+
+
+def test_a_router_is_a_group_of_its_own_and_experts_are_stacks() -> None:
+    """Under muon the router has AdamW without decay and the experts are matrices; under md its rows are unit."""
+    model = build_model("moe-tiny", 8, 0, device="meta")
+    rows = {r.name: r for r in explain(model, {"kind": "muon"})}
+    router = rows["blocks.0.experts.router.weight"]
+    assert (router.group, router.algorithm, router.weight_decay) == ("router", "AdamW", 0.0)
+    stack = rows["blocks.0.experts.gate_up"]
+    assert (stack.group, stack.algorithm, stack.blocks, stack.weight_decay) == ("matrix", "Muon", 2, 0.1)
+    small = build_model("moe-tiny", 8, 0)
+    group = next(g for g in build_optimizer(small, {"kind": "md"}).param_groups if g["name"] == "router")
+    assert (group["sphere"], group["gains"], group["base"]) == ("row", True, "muon")
+    assert torch.allclose(small.get_parameter(router.name).norm(dim=1), torch.ones(8))
+
+
+class Gated(nn.Module):
+    """A gate of `gate` rows beside three experts."""
+
+    def __init__(self, gate: int, stacked: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, gate, bias=False)
+        stack, separate = nn.Parameter(torch.zeros(3, 4, 4)), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.experts: nn.Parameter | nn.ModuleList = stack if stacked else separate
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(("rows", "group"), [(3, "router"), (8, "matrix")])
+def test_a_gate_is_a_router_only_with_one_row_per_expert(stacked: bool, rows: int, group: str) -> None:
+    """Gated feed-forward layers have a gate too."""
+    assert "gate.weight" in names(param_groups(Gated(rows, stacked)), group)
+
+
+def test_an_unusual_router_can_be_named() -> None:
+    """`router` overrides the usual names."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))
+    assert names(param_groups(model, router="1.weight"), "router") == {"1.weight"}
+    with pytest.raises(ConfigError, match="part of no parameter's name"):
+        param_groups(model, router="switch")
+
+
+# ---- decay before a normalisation ----
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+        self.q_norm, self.k_norm = nn.RMSNorm(4), nn.RMSNorm(4)
+
+
+def test_weights_before_a_norm_are_found() -> None:
+    """By order in a Sequential, by name for query and key norms."""
+    ordered = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU())
+    assert followed_by_norm(ordered) == {"0.weight"}
+    assert followed_by_norm(nn.Sequential(Attention())) == {"0.q_proj.weight", "0.k_proj.weight"}
+
+
+def test_weights_before_a_norm_do_not_decay_under_adamw() -> None:
+    """The default cure; the names may be given, found, or both."""
+    model = nn.Sequential(Attention(), nn.Linear(4, 4))
+    config = {"kind": "adamw", "normalized": ["auto", "1.weight"]}
+    decay = {r.name: r.weight_decay for r in explain(model, config) if r.group == "matrix"}
+    assert decay == {"0.q_proj.weight": 0, "0.k_proj.weight": 0, "0.v_proj.weight": 0.1, "1.weight": 0}
+    with pytest.raises(ConfigError, match="'2.weight' is part of no parameter's name"):
+        explain(model, {"normalized": ["2.weight"]})
+
+
+def test_adamc_corrects_the_decay_there_instead() -> None:
+    """With names: those alone. Without: every hidden matrix, and never the head."""
+    model = nn.Sequential(Attention(), nn.Linear(4, 4))
+    built = build_optimizer(model, {"decay": "adamc", "normalized": ["auto"]})
+    assert isinstance(built, AdamW)
+    how = {n: (g["decay"], g["weight_decay"]) for g in built.param_groups for n in g["param_names"]}
+    assert how["0.q_proj.weight"] == ("adamc", 0.1)
+    assert how["0.v_proj.weight"] == ("decoupled", 0.1)
+    everywhere = build_optimizer(net(), {"decay": "adamc", "head_weight_decay": 0.1}).param_groups
+    assert {g["name"]: g["decay"] for g in everywhere} == {
+        "matrix": "adamc",
+        "embed": "decoupled",
+        "head": "decoupled",
+        "scalar": "decoupled",
+    }
+    cautious = build_optimizer(net(), {"decay": "cautious"}).param_groups
+    assert {g["decay"] for g in cautious} == {"cautious"}
