@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diloco.errors import ConfigError, nearest
 from diloco.optim_section import AVERAGING, Optim, composition_problem
 from diloco.schedules_section import Schedule, schedule_problems, schedule_warnings
+from diloco.stream_checks import stream_problems, stream_warnings
 
 
 class Section(BaseModel):
@@ -98,6 +99,7 @@ class Stream(Section):
     first_round: Literal["short", "full"] = "short"
     overlap: Literal["inner", "none", "delayed", "eager", "delay_corrected", "async"] = "inner"
     merge: Literal["lerp", "delay_corrected"] = "lerp"
+    compensate: float = Field(0.0, ge=0)  # delayed: how much of the Taylor correction for the value's movement
     final_flush: bool = True
 
 
@@ -260,6 +262,7 @@ def _impossible(c: RunConfig) -> list[str]:
         found.append(f"codec.block = {c.codec.block} must be a power of two, such as 256")
     if c.codec.topk % 2:
         found.append(f"codec.topk = {c.codec.topk} must be even: two indices share three bytes")
+    found += stream_problems(c)
     found += _robust_problems(c)
     found += schedule_problems(c.schedule, c.run.inner_steps_total, c.optim.kind, c.optim.momentum)
     around = composition_problem(c.optim.kind, c.train.outer)
@@ -313,20 +316,13 @@ def _robust_warnings(c: RunConfig) -> list[str]:
 _ONLY: dict[str, tuple[Any, ...]] = {
     "data.mode": ("static",),
     "data.noniid": ("none",),
-    "stream.overlap": ("inner", "none"),
-    "stream.merge": ("lerp", "delay_corrected"),
     "codec.stochastic": (False,),
     "fault.late": ("skip",),
     "weights.mode": ("uniform", "tokens", "tokens_rate"),
-    "weights.dylu": (False,),
-    "weights.dn_N": (1,),
     "topology.kind": ("central",),
     "outer.gradient_clip": (None,),
     "fault.gamma": (0.9,),
-    "fault.s_max": (1,),
     "fault.rebase": (True,),
-    "weights.staleness_pow": (0.5,),
-    "weights.dn_c": (0.0,),
 }
 _BECAUSE = {"weights.mode": ": the coordinator is not told how large a worker's shard is"}
 
@@ -364,6 +360,7 @@ def warnings(c: RunConfig) -> list[str]:
         found.append(
             "stream.overlap = 'none' means tau = 0 and alpha = 0; the given tau and alpha are ignored"
         )
+    found += stream_warnings(c)
     found += _robust_warnings(c)
     if (
         c.codec.up == "topk"

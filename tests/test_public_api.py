@@ -31,6 +31,9 @@ PROMISED = {
     ],
     "diloco.outer": ["Adam", "Gpa", "Nesterov", "Sgd", "SgdM"],
     "diloco.planner": ["published_table", "recommend", "utilization"],
+    "diloco.schedules": ["multiplier", "scheduler", "settings_at"],
+    "diloco.schedules_bound": ["bound"],
+    "diloco.transfer": ["transfer"],
 }
 
 

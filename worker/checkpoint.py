@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -82,22 +83,42 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
             if isinstance(value, Tensor):
                 tensors[f"{index}.{key}"] = value
             else:
-                numbers.setdefault(str(index), {})[key] = value
-    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+                numbers.setdefault(str(index), {})[key] = _to_json(value)
+    return tensors, {"numbers": numbers, "param_groups": _to_json(state["param_groups"])}
 
 
 def unflatten_optimizer(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten_optimizer`. Tuples come back as tuples: torch compares betas by position only."""
+    """Inverse of `flatten_optimizer`, tuples and dtypes included."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     for index, entries in meta["numbers"].items():
-        state.setdefault(int(index), {}).update(entries)
-    groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in meta["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+        state.setdefault(int(index), {}).update(_from_json(entries))
+    return {"state": state, "param_groups": _from_json(meta["param_groups"])}
+
+
+def _to_json(value: Any) -> Any:
+    """Tuples and dtypes as objects of one key; options of parameter groups have them."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple):
+        return {"tuple": [_to_json(v) for v in value]}
+    if isinstance(value, list):
+        return [_to_json(v) for v in value]
+    return {k: _to_json(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(v) for v in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"dtype"}:
+        return getattr(torch, value["dtype"])
+    if value.keys() == {"tuple"}:
+        return tuple(_from_json(v) for v in value["tuple"])
+    return {k: _from_json(v) for k, v in value.items()}
 
 
 def pack(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

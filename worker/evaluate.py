@@ -38,19 +38,23 @@ def evaluate(
     batch_size: int,
     max_batches: int,
     device: str | torch.device,
+    share: tuple[int, int] = (0, 1),
 ) -> float:
     """Mean held-out loss in nats/byte: (sum of -log p over scored tokens) / (tokens * corpus.bytes_per_token).
 
     Scores at most batch_size * max_batches windows, the same ones for the same arguments, with the model in
     eval mode and without gradients; every module's train/eval mode is put back afterwards, also after an error.
     The result does not depend on batch_size beyond rounding and how many windows it allows. NaN or infinity is
-    returned as it is. Raises ConfigError when the held-out part is too short or the numbers are below 1.
+    returned as it is. With a `share` (i, n) of several processes up to n times as many windows count; this one scores
+    every n-th from the i-th on and returns its summand of the mean: the result is the sum over i. Raises ConfigError when the held-out part is too short or the numbers are below 1.
     """
     if batch_size < 1 or max_batches < 1:
         raise ConfigError(
             f"train.batch_size = {batch_size}, train.eval_batches = {max_batches}: must be at least 1"
         )
-    starts = evaluation_windows(len(corpus.heldout), sequence_length, batch_size * max_batches)
+    part, parts = share
+    everything = evaluation_windows(len(corpus.heldout), sequence_length, batch_size * max_batches * parts)
+    starts = everything[part::parts]
     offsets = np.arange(sequence_length + 1, dtype=np.int64)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -65,4 +69,4 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
-    return total / len(starts) / corpus.bytes_per_token
+    return total / len(everything) / corpus.bytes_per_token

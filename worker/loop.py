@@ -1,6 +1,7 @@
-"""The training loop of `diloco worker`: data, forward, backward, clip, inner step, evaluation, checkpoints.
+"""The training loop of `diloco worker`: from admission to farewell, with evaluation and checkpoints.
 
-What happens after `optimizer.step()` is in `session`; this file knows nothing of fragments or messages.
+An inner step is in `inner`, what happens after `optimizer.step()` in `session`; this file knows nothing of fragments
+or messages. Training on one node, without a coordinator, is in `train`.
 """
 
 from __future__ import annotations
@@ -14,52 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from diloco.comms.machine import Connection
 from diloco.config import RunConfig
-from diloco.errors import NonFiniteError
-from diloco.optim import build_optimizer
-from diloco.schedules import multiplier
+from diloco.errors import ConfigError
+from diloco.optim.build import check_composition
 from diloco.worker import checkpoint
-from diloco.worker.data import Corpus, load_corpus
-from diloco.worker.evaluate import evaluate
-from diloco.worker.model import build_from_factory, build_model, next_token_loss
-from diloco.worker.sampler import Sampler, take
+from diloco.worker.inner import InnerLoop, finite, make_model, make_optimizer
 from diloco.worker.session import DiLoCo, Interrupted
 
-PATIENCE = 20  # consecutive steps with a non-finite loss or gradient before giving up
-
-
-def make_model(config: RunConfig, vocab_size: int, device: torch.device) -> nn.Module:
-    """The model of the configuration: the same weights for the same seed, everywhere."""
-    if config.model.factory is not None:
-        return build_from_factory(config.model.factory, config.run.seed).to(device)
-    return build_model(
-        config.model.preset, config.model.sequence_length, config.run.seed, vocab_size, device=device
-    )
-
-
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The inner optimizer of the configuration. AdamW is torch's fused one; gains and embeddings do not decay."""
-    if config.optim.kind != "adamw":
-        return build_optimizer(model, config.optim)
-    decay: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
-    o = config.optim
-    groups = [{"params": decay, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=o.lr, betas=o.betas, eps=o.eps, fused=True
-    )
-
-
-def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+__all__ = ["Trainer", "make_model", "make_optimizer"]
 
 
 class Trainer:
@@ -75,24 +40,19 @@ class Trainer:
         stop: threading.Event,
         say: Callable[[str], None],
     ) -> None:
+        if config.train.outer != "none":
+            raise ConfigError(
+                f"train.outer = {config.train.outer!r} is for `diloco train`: a worker's outer optimizer is [outer]"
+            )
+        check_composition(config.optim.kind, "diloco")
         self.config, self.name, self.stop, self.say = config, name, stop, say
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        self.device = pick_device(config.train.device)
-        d = config.data
-        self.corpus: Corpus = load_corpus(d.source, d.format, d.tokenizer, field=d.field)
-        self.model = make_model(config, self.corpus.vocab_size, self.device)
-        self.forward: Callable[[Tensor], Tensor] = lambda tokens: next_token_loss(self.model, tokens)
-        if config.train.compile:
-            self.forward = torch.compile(self.forward)
+        self.inner = InnerLoop(config, say)
         self.folder = run_dir / "workers" / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.position = 0
-        self.skipped = 0
         self.eval_start = math.nan
         self.optimizer = DiLoCo(
-            self.model,
-            make_optimizer(config, self.model),
+            self.inner.model,
+            make_optimizer(config, self.inner.model),
             connection,
             config=config,
             worker=name,
@@ -101,7 +61,7 @@ class Trainer:
             on_wait=say,
             stop=stop,
         )
-        self.peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.inner.attach(self.optimizer)
 
     # ---- the run ----
 
@@ -119,15 +79,9 @@ class Trainer:
         self.say(
             f"{say_from} at inner step {self.optimizer.inner_step} as member {self.optimizer.replica.index}"
         )
-        self.sampler = Sampler.for_worker(
-            len(self.corpus.train),
-            self.config.model.sequence_length,
-            self.config.run.seed,
-            self.optimizer.replica.index,
-            self.config.data.shards or self.config.topology.workers,
-        )
+        self.inner.read(self.optimizer.replica.index, self.config.data.shards or self.config.topology.workers)
         if not resumed:
-            self.eval_start = self.evaluate()
+            self.eval_start = self.inner.evaluate()
             self.optimizer.report(eval_start=self.eval_start)
         total, every = self.config.run.inner_steps_total, self.config.train
         with (self.folder / "steps.jsonl").open("a", encoding="utf-8") as log:
@@ -137,16 +91,14 @@ class Trainer:
                     return None
                 loss = self._step()
                 step = self.optimizer.inner_step
-                log.write(
-                    json.dumps({"step": step, "loss": _finite(loss), "t": round(time.time(), 3)}) + "\n"
-                )
+                log.write(json.dumps({"step": step, "loss": finite(loss), "t": round(time.time(), 3)}) + "\n")
                 if every.eval_every and step % every.eval_every == 0 and step < total:
                     with self.optimizer.global_parameters():
-                        log.write(json.dumps({"step": step, "eval": self.evaluate()}) + "\n")
+                        log.write(json.dumps({"step": step, "eval": self.inner.evaluate()}) + "\n")
                 if every.checkpoint_every and step % every.checkpoint_every == 0:
                     self.save()
         self.optimizer.flush()
-        final = self.evaluate()
+        final = self.inner.evaluate()
         self.optimizer.report(eval_end=final)
         self.save()
         self.optimizer.close("complete")
@@ -160,55 +112,14 @@ class Trainer:
 
     def _step(self) -> float:
         """One inner step; a step whose loss or gradient is not finite changes nothing but the step count."""
-        t = self.config.train
-        step = self.optimizer.inner_step
-        s = self.config.schedule
-        factor = multiplier(
-            s.kind, step, self.config.run.inner_steps_total, s.warmup, final=s.final, cooldown=s.cooldown
+        loss = self.inner.step(
+            self.optimizer.inner_step,
+            lambda _: self.optimizer.step(),
+            # Without gradients the inner optimizer leaves every parameter alone.
+            lambda: self.optimizer.step(tokens=0),
         )
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
-            group["lr"] = peak * factor
-        total_loss = 0.0
-        for _ in range(t.grad_accum):
-            windows = self.sampler.batch(self.position, t.batch_size)
-            self.position += t.batch_size
-            tokens = torch.from_numpy(take(self.corpus.train, windows)).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16"):
-                loss = self.forward(tokens)
-            (loss / t.grad_accum).backward()  # type: ignore[no-untyped-call]
-            total_loss += loss.item() / t.grad_accum
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, t.clip if t.clip else math.inf))
-        if math.isfinite(norm) and math.isfinite(total_loss):
-            self.skipped = 0
-            self.optimizer.step()
-        else:
-            self._skip(step, total_loss, norm)
-        self.optimizer.zero_grad()
-        self.optimizer.report(loss=total_loss / self.corpus.bytes_per_token, lr=self.peak_lrs[0] * factor)
-        return total_loss / self.corpus.bytes_per_token
-
-    def _skip(self, step: int, loss: float, norm: float) -> None:
-        self.skipped += 1
-        self.say(f"inner step {step + 1}: loss {loss:g}, gradient norm {norm:g}: not finite, step skipped")
-        if self.skipped >= PATIENCE:
-            raise NonFiniteError(
-                f"{PATIENCE} inner steps in a row gave a non-finite loss or gradient: lower optim.lr = "
-                f"{self.config.optim.lr}, or set train.clip"
-            )
-        self.optimizer.zero_grad()  # without gradients the inner optimizer leaves every parameter alone
-        self.optimizer.step(tokens=0)
-
-    def evaluate(self) -> float:
-        """Held-out loss of what the model holds now, nats per byte."""
-        return evaluate(
-            self.model,
-            self.corpus,
-            sequence_length=self.config.model.sequence_length,
-            batch_size=self.config.train.batch_size,
-            max_batches=self.config.train.eval_batches,
-            device=self.device,
-        )
+        self.optimizer.report(loss=loss, lr=self.inner.lr)
+        return loss
 
     # ---- checkpoint ----
 
@@ -226,8 +137,8 @@ class Trainer:
         meta = {
             "inner": inner_meta,
             "replica": saved["replica"]["meta"],
-            "position": self.position,
-            "eval_start": _finite(self.eval_start),
+            "position": self.inner.position,
+            "eval_start": finite(self.eval_start),
             "plan": self.optimizer.parameters.plan.digest(),
         }
         checkpoint.save(self.folder / "checkpoint", self.optimizer.inner_step, tensors, meta)
@@ -243,12 +154,8 @@ class Trainer:
         replica: dict[str, Any] = {"meta": meta["replica"], "tensors": checkpoint.unpack(tensors, "replica")}
         inner = checkpoint.unflatten_optimizer(checkpoint.unpack(tensors, "inner"), meta["inner"])
         self.optimizer.load_state_dict({"inner": inner, "replica": replica})
-        self.position = int(meta["position"])
+        self.inner.position = int(meta["position"])
         self.eval_start = math.nan if meta["eval_start"] is None else float(meta["eval_start"])
         self.optimizer.report(eval_start=self.eval_start)
         torch.set_rng_state(tensors["rng/torch"])
         return True
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -97,7 +97,10 @@ def write_report(
 def render_html(
     report: Mapping[str, Any], series: Iterable[Row], fragments: Sequence[Row] = (), *, run_id: str = ""
 ) -> str:
-    """The page: one self-contained HTML document that loads nothing. All text in it is escaped."""
+    """The page: one self-contained HTML document that loads nothing. All text in it is escaped.
+
+    A report without fragments is of a run on one node: what is about a network is left out.
+    """
     found = tracks(series)
     in_order = [str(w["id"]) for w in report["workers"]]
     curves = [found.get(name, Track(name)) for name in in_order]
@@ -110,8 +113,10 @@ def render_html(
         title=html.escape(name),
         subtitle=html.escape(
             f"{len(in_order)} worker{'' if len(in_order) == 1 else 's'} · {duration_text(seconds)} · "
-            f"{count_text(report['tokens'])} tokens · {report['commits']} commits"
+            f"{count_text(report['tokens'])} tokens"
+            + (f" · {report['commits']} commits" if report["versions"] else " · one node")
         ),
+        network="" if report["versions"] else "unused",
         cards=_cards(report, sent),
         loss=charts.loss_curves(curves, number(report["eval_loss_start"]), number(report["eval_loss_end"])),
         traffic=charts.traffic(report["bytes_data_parallel"], report["bytes_up"], report["bytes_down"]),
@@ -157,6 +162,10 @@ def _cards(report: Mapping[str, Any], sent: int) -> str:
         ("Commits", f"{report['commits']:,}", f"over {len(report['versions'])} fragments", ""),
         ("Replicas identical", answer, "digests of all workers and the coordinator", colour),
     ]
+    if not report["versions"]:
+        cards = [card for card in cards if card[0] in ("Final loss", "Tokens")]
+        if len(report["workers"]) > 1:
+            cards.append(("Replicas identical", answer, "digests of all processes", colour))
     return "\n".join(
         f'<div class="card {kind}"><h3>{html.escape(label)}</h3><p class="figure">{html.escape(figure)}</p>'
         f"<p>{html.escape(note)}</p></div>"

@@ -38,10 +38,12 @@ def compiled_update(
     dtype = iteration_dtype(group["iteration_dtype"])
     if not compiled(_CPU, chosen, dtype, group["start"]):
         return list(params)
-    done = [p for p in params if _fits(p)]
-    targets = []
-    for p in done:
-        assert p.grad is not None
+    done, rest, targets = [], [], []
+    for p in params:
+        if not _plain(p) or p.grad is None or not _plain(p.grad):
+            rest.append(p)
+            continue
+        done.append(p)
         state = optimizer.state[p]
         if "momentum" not in state:
             state["momentum"] = zeros_like_state(p)
@@ -60,20 +62,12 @@ def compiled_update(
         iteration = orthogonal_cpu.Iteration(chosen.triples, dtype, chosen.div, group["orth_eps"])
         orthogonal_cpu.update(targets, iteration, how)
         torch.autograd.graph.increment_version(done)
-    return [p for p in params if not _fits(p)]
+    return rest
 
 
-def _fits(p: Tensor) -> bool:
-    """Plain float32 tensors in CPU memory, contiguous, with such a gradient."""
-    g = p.grad
+def _plain(t: Tensor) -> bool:
     return (
-        type(p) in (Tensor, torch.nn.Parameter)
-        and g is not None
-        and all(
-            t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and t.layout == torch.strided
-            and t.is_contiguous()
-            for t in (p, g)
-        )
+        type(t) in (Tensor, torch.nn.Parameter)
+        and (t.dtype, t.device.type, t.layout) == (torch.float32, "cpu", torch.strided)
+        and t.is_contiguous()
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diloco.errors import ConfigError, DilocoError
-from diloco.optim import GPA, SNOO, Muon
+from diloco.optim import GPA, SNOO, Muon, wrapping
 
 Base = Callable[[list[Parameter]], torch.optim.Optimizer]
 BASES: dict[str, Base] = {
@@ -173,6 +173,118 @@ def test_modes_round_trip_and_are_idempotent() -> None:
     optimizer.train()
     optimizer.train()
     assert torch.allclose(values(ps), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_snoo_is_evaluated_at_the_slow_copy(offload: bool) -> None:
+    """Between outer steps eval() shows the weights of the last outer step; train() restores the fast ones bit for bit."""
+    ps = params()
+    optimizer = SNOO(BASES["adamw"](ps), k=3, offload=offload)
+    start = values(ps)
+    optimizer.eval()  # before any step there is one set of weights only
+    assert torch.equal(values(ps), start)
+    optimizer.train()
+    train(optimizer, ps, 2)
+    fast = values(ps)
+    optimizer.eval()
+    optimizer.eval()
+    assert torch.equal(values(ps), start) and not torch.equal(fast, start)
+    optimizer.train()
+    optimizer.train()
+    assert torch.equal(values(ps), fast)
+    train(optimizer, ps, 1)
+    slow = values(ps)
+    optimizer.eval()
+    assert torch.equal(values(ps), slow), "right after an outer step there is nothing to swap"
+    optimizer.train()
+    train(optimizer, ps, 1)
+    optimizer.eval()
+    assert torch.equal(values(ps), slow)
+
+
+def test_snoo_restores_bfloat16_parameters_exactly() -> None:
+    """The slow copy is float32; the fast weights come back as they were, not by way of it."""
+    ps = [Parameter(p.detach().bfloat16()) for p in params()]
+    optimizer = SNOO(torch.optim.SGD(ps, lr=0.5), k=4)
+    train(optimizer, ps, 2)
+    fast = values(ps)
+    optimizer.eval()
+    assert not torch.equal(values(ps), fast)
+    optimizer.train()
+    assert torch.equal(values(ps), fast)
+    train(optimizer, ps, 2)
+    optimizer.eval()
+    for p in ps:
+        assert torch.equal(p.detach(), optimizer.slow[p].bfloat16())
+
+
+def test_snoo_takes_no_outer_step_in_eval_mode() -> None:
+    """There the parameters hold theta, so that the difference would be none."""
+    ps = params()
+    optimizer = SNOO(BASES["sgd"](ps), k=5)
+    train(optimizer, ps, 2)
+    optimizer.eval()
+    with pytest.raises(DilocoError, match=r"call train\(\) first"):
+        optimizer.outer_step()
+
+
+def test_a_parameter_that_is_unfrozen_joins_at_the_next_round() -> None:
+    """Its slow copy starts from the weights at the start of that round; frozen ones have none and do not move."""
+    ps = params()
+    ps[1].requires_grad_(False)
+    frozen = ps[1].detach().clone()
+    optimizer = SNOO(BASES["sgd"](ps), k=2, lr=0.5, momentum=0.0)
+    train(optimizer, ps, 3)
+    assert torch.equal(ps[1], frozen) and ps[1] not in optimizer.slow
+    ps[1].requires_grad_(True)
+    train(optimizer, ps, 1)
+    joined = ps[1].detach().clone()
+    assert not torch.equal(joined, frozen) and ps[1] not in optimizer.slow
+    train(optimizer, ps, 1)
+    assert torch.equal(optimizer.slow[ps[1]], joined)
+
+
+def test_a_group_added_within_a_round_takes_part_in_it() -> None:
+    """Its slow copy is what it was when it came."""
+    ps = params()
+    optimizer = SNOO(torch.optim.SGD(ps[:1], lr=0.05), k=4)
+    train(optimizer, ps, 2)
+    optimizer.add_param_group({"params": ps[1:], "lr": 0.05})
+    before = ps[1].detach().clone()
+    train(optimizer, ps, 1)
+    assert torch.equal(optimizer.slow[ps[1]], before)
+
+
+@pytest.mark.parametrize("wrapper", ["snoo", "gpa"])
+def test_batches_of_parameters_do_not_change_the_result(
+    wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parameter at a time, or all of both dtypes at once, give the same bits."""
+    found = []
+    for limit in (1, 1 << 26):
+        monkeypatch.setattr(wrapping.batches, "__defaults__", (limit,))
+        ps = params()
+        ps[1] = Parameter(ps[1].detach().double())
+        optimizer = WRAPPERS[wrapper](torch.optim.AdamW(ps, lr=0.02))
+        train(optimizer, ps, 7)
+        optimizer.eval()
+        found.append(values(ps))
+    assert torch.equal(*found)
+    assert [len(batch) for batch in wrapping.batches(params(), 30)] == [1, 1]
+    assert [len(batch) for batch in wrapping.batches(params(), 48)] == [2]
+    assert [len(batch) for batch in wrapping.batches(params(), 1)] == [1, 1]
+    assert list(wrapping.batches([])) == []
+
+
+def test_gpa_trains_bfloat16_parameters_with_a_float32_average() -> None:
+    """y and the average stay where float32 puts them, to bfloat16's rounding."""
+    a = params()
+    b = [Parameter(p.detach().bfloat16()) for p in a]
+    for ps in (a, b):
+        optimizer = GPA(torch.optim.SGD(ps, lr=0.5), mu_x=0.9)
+        train(optimizer, ps, 4)
+        assert all(z.dtype == torch.float32 for z in optimizer.z.values())
+    assert torch.allclose(values(a), values(b).float(), atol=0.03)
 
 
 WRAPPERS: dict[str, Callable[[torch.optim.Optimizer], SNOO | GPA]] = {
