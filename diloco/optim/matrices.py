@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,14 +99,24 @@ def check_matrix_group(group: dict[str, Any]) -> None:
 def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
     """orth of every matrix of every ``[N, r, c]`` tensor, in the iteration dtype and the given orientation.
 
-    The result equals the one-by-one one. Outside the compiled code, equal shapes (after turning tall matrices) go
-    through one batched call.
+    The result equals the one-by-one one. On a CPU, where batching torch's products gains nothing, all go into one
+    compiled call or one after another; elsewhere equal shapes (after turning tall matrices) share a batched call.
     """
     chosen, dtype = coefficient_set(group["coefficients"]), iteration_dtype(group["iteration_dtype"])
+    orth = partial(
+        orthogonalize,
+        coefficients=group["coefficients"],
+        dtype=dtype,
+        eps=group["orth_eps"],
+        form=group["form"],
+        start=group["start"],
+    )
     if matrices and compiled(matrices[0].device, chosen, dtype, group["start"]):
         each = [x for m in matrices for x in m.unbind()]
         alone = iter(orthogonalize_each(each, chosen, dtype, group["orth_eps"], group["form"]))
         return [torch.stack([next(alone) for _ in m]) for m in matrices]
+    if matrices and matrices[0].device.type == "cpu":
+        return [orth(m) for m in matrices]
     out: list[Tensor | None] = [None] * len(matrices)
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, m in enumerate(matrices):
@@ -117,14 +128,7 @@ def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> l
             wide = [
                 matrices[i].mT if matrices[i].shape[1] > matrices[i].shape[2] else matrices[i] for i in chunk
             ]
-            result = orthogonalize(
-                torch.cat(wide) if len(wide) > 1 else wide[0],
-                group["coefficients"],
-                dtype=dtype,
-                eps=group["orth_eps"],
-                form=group["form"],
-                start=group["start"],
-            )
+            result = orth(torch.cat(wide) if len(wide) > 1 else wide[0])
             for i, part in zip(chunk, torch.split(result, [w.shape[0] for w in wide]), strict=True):
                 out[i] = part.mT if matrices[i].shape[1] > matrices[i].shape[2] else part
     return [o for o in out if o is not None]

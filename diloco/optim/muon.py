@@ -41,7 +41,8 @@ class Muon(torch.optim.Optimizer):
 
     Every keyword is also a group option. `stacked` and `blocks` say which matrices a parameter holds (see
     `matrices`); fused blocks are updated exactly as separate parameters would be. `cautious` decays only entries
-    whose update agrees in sign (arXiv 2510.12402).
+    whose update agrees in sign (arXiv 2510.12402). `form` is that of `orthogonalize`; its default here, "auto", is the
+    plain iteration with fewer operations for long matrices.
 
     Raises:
         ConfigError: unknown option, value out of range, a parameter without a matrix, blocks that do not fit.
@@ -106,13 +107,7 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             lr = float(group["lr"])
-            params = compiled_update(
-                self,
-                params,
-                group,
-                fused_options(group, decay=lr * group["weight_decay"]),
-                lambda r, c, lr=lr, scale=group["scale"]: lr * shape_scale(scale, r, c),
-            )
+            params = self._compiled(params, group, lr)
             if not params:
                 continue
             updates = momentum_updates(self, params, group)
@@ -129,6 +124,14 @@ class Muon(torch.optim.Optimizer):
                     cautious=group["cautious"],
                 )
         return loss
+
+    def _compiled(self, params: list[Tensor], group: ParamGroup, lr: float) -> list[Tensor]:
+        def step(rows: int, columns: int) -> float:
+            return lr * shape_scale(group["scale"], rows, columns)
+
+        return compiled_update(
+            self, params, group, fused_options(group, decay=lr * group["weight_decay"]), step
+        )
 
 
 def fused_options(group: Mapping[str, Any], *, decay: float, **more: Any) -> Update:
