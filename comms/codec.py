@@ -1,30 +1,30 @@
 """Codecs: a flat fp32 tensor to payload bytes and back, with every check that received bytes need.
 
-The arithmetic is in `diloco.kernels.reference*`; the header around a payload is in `diloco.comms.frame`; error feedback
+The arithmetic is in `diloco.kernels.ops`; the header around a payload is in `diloco.comms.frame`; error feedback
 is in `diloco.comms.feedback`. A codec is a small frozen value: equal settings compare equal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diloco.comms.feedback import ErrorFeedback
+from diloco.comms.payload import Payload, all_finite, flat, require_finite, sized, to_bytes
 from diloco.errors import ConfigError, CorruptDataError, NonFiniteError, nearest
+from diloco.kernels import cpu, ops
 from diloco.kernels import reference as ref
 from diloco.kernels import reference_blocks as blocks
 from diloco.kernels import reference_stat as stat
 from diloco.kernels import reference_topk as topk
+from diloco.kernels.settings import Settings
 
 __all__ = ["NAMES", "Codec", "ErrorFeedback", "Payload", "by_id", "get", "infer"]
-
-Payload = bytes | bytearray | memoryview
 
 NAMES = ("fp32", "fp16", "bf16", "int8", "e4m3", "e5m2", "e3m0", "e2m1", "nf4", "int4", "stat", "topk")
 MAX_BLOCK = 1 << 16
@@ -49,6 +49,10 @@ class Codec(Protocol):
         """Payload of a 1-D contiguous fp32 CPU tensor; NonFiniteError if it holds NaN or infinity."""
         ...
 
+    def encode_rest(self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor) -> bytes:
+        """Payload of e = beta*`error` + `delta`; `residual` <- e - decoded, undefined after NonFiniteError."""
+        ...
+
     def decode(self, payload: Payload, n: int) -> Tensor:
         """The `n` values (fp32, own memory); CorruptDataError for anything an encoder would not send."""
         ...
@@ -60,36 +64,68 @@ class Codec(Protocol):
         """
         ...
 
+    def decode_add_all(self, payloads: Sequence[Payload], weights: Sequence[float], out: Tensor) -> None:
+        """`decode_add` of each in this order, in one pass; nothing is added if any is refused."""
+        ...
+
     def norm(self, payload: Payload, n: int) -> float:
         """L2 norm of the decoded values, summed in fp64."""
         ...
 
 
-class _Decoder:
-    """decode and decode_add, which are the same for all codecs once the values come slice by slice."""
+class _OnKernels:
+    """What is the same for all codecs once a payload is known to be sound (`_checked`)."""
 
     __slots__ = ()
 
+    def encode(self, tensor: Tensor) -> bytes:
+        tensor = flat(tensor)
+        return self._sent(ops.encode(x=tensor, **self._options()), tensor)
+
+    def encode_rest(self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor) -> bytes:
+        delta = flat(delta)
+        if error is None:
+            residual.zero_()
+        made = ops.encode(x=delta, error=error, residual=residual, beta=beta, **self._options())
+        return self._sent(made, delta)
+
     def decode(self, payload: Payload, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)
-        for lo, part in self._values(payload, n):
-            out[lo : lo + part.numel()] = part
+        ops.merge(out, self._checked(payload, n), 0.0, **self._options())
         return out
 
     def decode_add(self, payload: Payload, weight: float, out: Tensor) -> None:
-        out = _flat(out)
-        for lo, part in self._values(payload, out.numel()):
-            out[lo : lo + part.numel()].add_(part.mul_(weight))
+        self.decode_add_all((payload,), (weight,), out)
+
+    def decode_add_all(self, payloads: Sequence[Payload], weights: Sequence[float], out: Tensor) -> None:
+        out = flat(out)
+        checked = [self._checked(payload, out.numel()) for payload in payloads]
+        ops.decode_accumulate(payloads=checked, weights=weights, out=out, **self._options())
 
     def norm(self, payload: Payload, n: int) -> float:
-        return math.sqrt(sum(float(part.double().square_().sum()) for _, part in self._values(payload, n)))
+        return math.sqrt(
+            float(ops.squared_norms(payloads=[self._checked(payload, n)], n=n, **self._options()))
+        )
 
-    def _values(self, payload: Payload, n: int) -> Iterator[tuple[int, Tensor]]:
+    def _sent(self, made: ops.Encoded, tensor: Tensor) -> bytes:
+        if math.isnan(float(made.squared_norm)):
+            require_finite(tensor)
+            raise NonFiniteError(
+                "cannot encode NaN or infinity: the update and what was left of the last overflow"
+            )
+        return to_bytes(made.payload)
+
+    def _options(self) -> dict[str, Any]:
+        """The codec as `ops` takes it."""
+        raise NotImplementedError
+
+    def _checked(self, payload: Payload, n: int) -> Tensor:
+        """The bytes of `payload` (uint8, not copied) after every check, or CorruptDataError."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
-class _Cast(_Decoder):
+class _Cast(_OnKernels):
     """fp32, fp16, bf16."""
 
     name: str
@@ -105,21 +141,21 @@ class _Cast(_Decoder):
     def wire_size(self, n: int) -> int:
         return ref.cast_size(self.name, n)
 
-    def encode(self, tensor: Tensor) -> bytes:
-        tensor = _flat(tensor)
-        _require_finite(tensor)
-        return _to_bytes(ref.encode_cast(self.name, tensor))
+    def _options(self) -> dict[str, Any]:
+        return {"codec": self.name}
 
-    def _values(self, payload: Payload, n: int) -> Iterator[tuple[int, Tensor]]:
-        data = _sized(self, payload, n)
-        stored = data.view(ref.CAST_DTYPES[self.name])
-        if not _all_finite(stored):
+    def _checked(self, payload: Payload, n: int) -> Tensor:
+        data = sized(self.name, payload, self.wire_size(n), n)
+        fine = cpu.holds_numbers_only(Settings(self.name), data, n)
+        if fine is None:
+            fine = all_finite(data.clone().view(ref.CAST_DTYPES[self.name]))
+        if not fine:
             raise CorruptDataError(f"{self.name} payload holds NaN or infinity among its {n} values")
-        return ref.cast_values(self.name, data, n)
+        return data
 
 
 @dataclass(frozen=True, slots=True)
-class _Block(_Decoder):
+class _Block(_OnKernels):
     """int8, e4m3, e5m2, e3m0, e2m1, nf4, int4."""
 
     name: str
@@ -132,18 +168,13 @@ class _Block(_Decoder):
     def wire_size(self, n: int) -> int:
         return blocks.block_size(self.name, n, self.block)
 
-    def encode(self, tensor: Tensor) -> bytes:
-        tensor = _flat(tensor)
-        data = blocks.encode_blocks(self.name, tensor, self.block)
-        # The scale of a block is finite exactly if all its values are: no further pass over the tensor is needed.
-        bad = (~torch.isfinite(blocks.scales_of(data, tensor.numel(), self.block))).nonzero()
-        if bad.numel():
-            raise NonFiniteError(f"{self.name} cannot encode NaN or infinity: first in block {int(bad[0])}")
-        return _to_bytes(data)
+    def _options(self) -> dict[str, Any]:
+        return {"codec": self.name, "block": self.block}
 
-    def _values(self, payload: Payload, n: int) -> Iterator[tuple[int, Tensor]]:
-        data = _sized(self, payload, n)
-        scales = blocks.scales_of(data, n, self.block)
+    def _checked(self, payload: Payload, n: int) -> Tensor:
+        data = sized(self.name, payload, self.wire_size(n), n)
+        # A payload starts at any address; the copy of its scales is aligned for fp32.
+        scales = blocks.scales_of(data[: 4 * blocks.scale_count(n, self.block)].clone(), n, self.block)
         bad = (~(torch.isfinite(scales) & (scales >= 0))).nonzero()
         if bad.numel():
             first = int(bad[0])
@@ -151,16 +182,19 @@ class _Block(_Decoder):
                 f"{self.name} scale of block {first} is {float(scales[first])}, want finite >= 0"
             )
         if self.name in blocks.FP8_DTYPES:
-            # e4m3fn has NaN at 7f alone, e5m2 infinity at 7c and NaN above it.
-            largest = 0x7E if self.name == "e4m3" else 0x7B
-            codes = blocks.codes_of(data, n, self.block)
-            if any(bool(((part & 0x7F) > largest).any()) for part in ref.parts(codes)):
+            fine = cpu.holds_numbers_only(Settings(self.name, self.block), data, n)
+            if fine is None:
+                # e4m3fn has NaN at 7f alone, e5m2 infinity at 7c and NaN above it.
+                largest = 0x7E if self.name == "e4m3" else 0x7B
+                codes = blocks.codes_of(data, n, self.block)
+                fine = not any(bool(((part & 0x7F) > largest).any()) for part in ref.parts(codes))
+            if not fine:
                 raise CorruptDataError(f"{self.name} payload holds a NaN or infinity code")
-        return blocks.block_values(self.name, data, n, self.block)
+        return data
 
 
 @dataclass(frozen=True, slots=True)
-class _Stat(_Decoder):
+class _Stat(_OnKernels):
     """stat: `bits` per value, one group per span, or one in all if `spans` is empty."""
 
     bits: int
@@ -181,17 +215,16 @@ class _Stat(_Decoder):
     def wire_size(self, n: int) -> int:
         return stat.stat_size(self._groups(n), self.bits)
 
-    def encode(self, tensor: Tensor) -> bytes:
-        tensor = _flat(tensor)
-        _require_finite(tensor)
-        return _to_bytes(stat.encode_stat(tensor, self._groups(tensor.numel()), self.bits))
+    def _options(self) -> dict[str, Any]:
+        return {"codec": "stat", "bits": self.bits, "groups": self.spans}
 
-    def _values(self, payload: Payload, n: int) -> Iterator[tuple[int, Tensor]]:
-        data = _sized(self, payload, n)
-        groups = self._groups(n)
-        if not _all_finite(stat.constants_of(data, len(groups), self.bits)):
+    def _checked(self, payload: Payload, n: int) -> Tensor:
+        data = sized(self.name, payload, self.wire_size(n), n)
+        groups = len(self._groups(n))
+        constants = data[: 4 * groups * (1 + (1 << self.bits))].clone()
+        if not all_finite(stat.constants_of(constants, groups, self.bits)):
             raise CorruptDataError("stat payload holds NaN or infinity in its shifts or tables")
-        return stat.stat_values(data, groups, self.bits)
+        return data
 
     def _groups(self, n: int) -> tuple[int, ...]:
         if self.spans and sum(self.spans) != n:
@@ -200,7 +233,7 @@ class _Stat(_Decoder):
 
 
 @dataclass(frozen=True, slots=True)
-class _TopK(_Decoder):
+class _TopK(_OnKernels):
     """topk: the `k` largest of each `block` values, themselves coded by stat with `bits`."""
 
     k: int
@@ -218,20 +251,19 @@ class _TopK(_Decoder):
     def wire_size(self, n: int) -> int:
         return topk.topk_size(n, self.k, self.block, self.bits)
 
-    def encode(self, tensor: Tensor) -> bytes:
-        tensor = _flat(tensor)
-        _require_finite(tensor)
-        return _to_bytes(topk.encode_topk(tensor, self.k, self.block, self.bits))
+    def _options(self) -> dict[str, Any]:
+        return {"codec": "topk", "k": self.k, "block": self.block, "bits": self.bits}
 
-    def _values(self, payload: Payload, n: int) -> Iterator[tuple[int, Tensor]]:
-        data = _sized(self, payload, n)
+    def _checked(self, payload: Payload, n: int) -> Tensor:
+        data = sized(self.name, payload, self.wire_size(n), n)
         index = topk.indices_of(data, n, self.k, self.block)
         if bool((index >= self.block).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise CorruptDataError(f"topk indices are not ascending below the chunk of {self.block}")
-        inner = data[topk.index_bytes(n, self.k, self.block) :].clone()
-        if not _all_finite(stat.constants_of(inner, 1 if n else 0, self.bits)):
+        at, groups = topk.index_bytes(n, self.k, self.block), 1 if n else 0
+        constants = data[at : at + 4 * groups * (1 + (1 << self.bits))].clone()
+        if not all_finite(stat.constants_of(constants, groups, self.bits)):
             raise CorruptDataError("topk payload holds NaN or infinity in its shift or table")
-        return topk.topk_values(data, n, self.k, self.block, self.bits)
+        return data
 
 
 def get(name: str, **options: Any) -> Codec:
@@ -333,42 +365,3 @@ def _spans(value: Any) -> tuple[int, ...]:
     if not all(type(span) is int and span > 0 for span in spans):
         raise ConfigError(f"codec stat: spans={value!r} must be positive integers")
     return spans
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor without its gradient history, if it has the shape and type a codec needs."""
-    if (
-        tensor.dtype != torch.float32
-        or tensor.dim() != 1
-        or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
-    ):
-        raise TypeError(
-            f"a codec needs a 1-D contiguous float32 CPU tensor, got {tensor.dtype} {tuple(tensor.shape)} "
-            f"on {tensor.device}; use tensor.detach().float().cpu().reshape(-1)"
-        )
-    return tensor.detach()
-
-
-def _all_finite(values: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in ref.parts(values))
-
-
-def _require_finite(tensor: Tensor) -> None:
-    if not _all_finite(tensor):
-        count = sum(int((~torch.isfinite(part)).sum()) for part in ref.parts(tensor))
-        raise NonFiniteError(f"cannot encode NaN or infinity: {count} of {tensor.numel()} values")
-
-
-def _to_bytes(data: Tensor) -> bytes:
-    return data.numpy().tobytes()
-
-
-def _sized(codec: Codec, payload: Payload, n: int) -> Tensor:
-    """The payload as an aligned uint8 tensor of its own, after a check of its size."""
-    size, want = memoryview(payload).nbytes, codec.wire_size(n)
-    if size != want:
-        raise CorruptDataError(f"{codec.name} payload of {size} bytes, want {want} for n={n}")
-    data = torch.empty(want, dtype=torch.uint8)
-    data.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
-    return data

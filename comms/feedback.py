@@ -31,6 +31,8 @@ class ErrorFeedback:
         self.beta = beta
         self.residual: Tensor | None = None
         self._before: Tensor | None = None
+        # The memory of a residual of the past, for the next one: a fresh page costs more than the arithmetic on it.
+        self._spare: Tensor | None = None
 
     @property
     def pending(self) -> bool:
@@ -53,20 +55,21 @@ class ErrorFeedback:
                 f"error feedback: update of {delta.numel()} values, residual of {before.numel()}; "
                 "a fragment keeps its size for the whole run"
             )
-        corrected = (before * self.beta).add_(delta.detach())
-        payload = self.codec.encode(corrected)
-        self.codec.decode_add(payload, -1.0, corrected)
-        self.residual, self._before = corrected, before
+        spare, self._spare = self._spare, None
+        after = torch.empty_like(before) if spare is None or spare.shape != before.shape else spare
+        payload = self.codec.encode_rest(delta, before, self.beta, after)
+        self.residual, self._before = after, before
         return payload
 
     def commit(self) -> None:
         """The message was used: forget the state before it."""
-        self._before = None
+        if self._before is not None:
+            self._spare, self._before = self._before, None
 
     def rollback(self) -> None:
         """The message was rejected: e as it was before; nothing happens if none is pending."""
         if self._before is not None:
-            self.residual, self._before = self._before, None
+            self._spare, self.residual, self._before = self.residual, self._before, None
 
     def state_dict(self) -> dict[str, Tensor]:
         """`residual`, and `before` while a message is pending; empty before the first update."""

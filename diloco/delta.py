@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diloco.kernels import ops
+
 
 def pseudo_gradient(anchor: Tensor, local: Tensor) -> Tensor:
     """``anchor - local`` (2311.08105), fp32 [n]. The anchor is the global value the worker last took."""
@@ -23,6 +25,10 @@ def merge(local: Tensor, new: Tensor, alpha: float) -> Tensor:
         return new.clone()
     if alpha == 1.0:
         return local.clone()
+    if local.dtype == new.dtype == torch.float32 and local.dim() == 1 and new.is_contiguous():
+        merged = local.clone(memory_format=torch.contiguous_format)
+        ops.merge(merged, new, alpha)
+        return merged
     return local.mul(alpha).add_(new.mul(1.0 - alpha))
 
 

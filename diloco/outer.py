@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
+from diloco.kernels import ops
 
 State = dict[str, Tensor]
 
@@ -40,6 +41,11 @@ class _Steps:
         raise AssertionError("every outer optimizer defines update")
 
 
+def _flat(*tensors: Tensor) -> bool:
+    """Whether the fused kernels take these tensors; they compute the same bits as `update`, in one pass."""
+    return all(t.dtype == torch.float32 and t.dim() == 1 and t.is_contiguous() for t in tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class Sgd(_Steps):
     """``G -= lr * D``. lr 1 is plain parameter averaging (FedAvg, 1602.05629)."""
@@ -51,6 +57,12 @@ class Sgd(_Steps):
 
     def update(self, params: Tensor, mean: Tensor, state: State) -> Tensor:
         return mean * self.lr
+
+    def step(self, params: Tensor, mean: Tensor, state: State) -> None:
+        if _flat(params, mean):
+            ops.outer_step("sgd", params, mean, lr=self.lr)
+        else:
+            params.sub_(self.update(params, mean, state))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,13 @@ class SgdM(_Steps):
     def update(self, params: Tensor, mean: Tensor, state: State) -> Tensor:
         return state["momentum"].mul_(self.momentum).add_(mean) * self.lr
 
+    def step(self, params: Tensor, mean: Tensor, state: State) -> None:
+        buffer = state["momentum"]
+        if _flat(params, mean, buffer):
+            ops.outer_step("sgdm", params, mean, [buffer], lr=self.lr, momentum=self.momentum)
+        else:
+            params.sub_(self.update(params, mean, state))
+
 
 @dataclass(frozen=True, slots=True)
 class Nesterov(_Steps):
@@ -80,6 +99,13 @@ class Nesterov(_Steps):
     def update(self, params: Tensor, mean: Tensor, state: State) -> Tensor:
         buffer = state["momentum"].mul_(self.momentum).add_(mean)
         return buffer.mul(self.momentum).add_(mean).mul_(self.lr)
+
+    def step(self, params: Tensor, mean: Tensor, state: State) -> None:
+        buffer = state["momentum"]
+        if _flat(params, mean, buffer):
+            ops.outer_step("nesterov", params, mean, [buffer], lr=self.lr, momentum=self.momentum)
+        else:
+            params.sub_(self.update(params, mean, state))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +147,13 @@ class Gpa(_Steps):
         z = state["z"].sub_(mean * self.lr)
         x = state["x"].mul_(self.mu_x).add_(z * (1 - self.mu_x))
         return params - (x * self.mu_y).add_(z * (1 - self.mu_y))
+
+    def step(self, params: Tensor, mean: Tensor, state: State) -> None:
+        x, z = state["x"], state["z"]
+        if _flat(params, mean, x, z):
+            ops.outer_step("gpa", params, mean, [x, z], lr=self.lr, momentum=self.mu_x, mu_y=self.mu_y)
+        else:
+            params.sub_(self.update(params, mean, state))
 
 
 @dataclass(slots=True)

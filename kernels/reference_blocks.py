@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from diloco.kernels.philox import uniform
 from diloco.kernels.reference import SLICE
 
 DIVISOR: dict[str, float] = {
@@ -60,8 +61,11 @@ def codes_of(payload: Tensor, n: int, block: int) -> Tensor:
     return payload[4 * scale_count(n, block) :]
 
 
-def encode_blocks(name: str, x: Tensor, block: int) -> Tensor:
-    """Encode fp32 `x` [n]; uint8 [block_size]. A NaN or infinity in `x` makes the scale of its block non-finite."""
+def encode_blocks(name: str, x: Tensor, block: int, seed: int | None = None) -> Tensor:
+    """Encode fp32 `x` [n]; uint8 [block_size]. A NaN or infinity in `x` makes the scale of its block non-finite.
+
+    With a `seed` the codes are rounded stochastically (`diloco.kernels.philox`), otherwise to nearest.
+    """
     n = x.numel()
     out = torch.empty(block_size(name, n, block), dtype=torch.uint8, device=x.device)
     scales, codes = scales_of(out, n, block), codes_of(out, n, block)
@@ -78,9 +82,10 @@ def encode_blocks(name: str, x: Tensor, block: int) -> Tensor:
         scale = (torch.maximum(low.neg_(), high) / divisor).abs_()
         # x/inf is 0, which gives the zero block without a NaN from 0/0.
         y = rows / torch.where(scale == 0, torch.inf, scale).unsqueeze(1)
-        q = _quantise(name, y)
+        q = _quantise(name, y) if seed is None else _quantise_at_random(name, y, uniform(seed, lo, y.numel()))
         if name == "nf4":
             q.mul_((scale != 0).unsqueeze(1))
+            q.view(-1)[length:] = 0  # its code of zero is not 0, but padding bits are
         scales[lo // block : lo // block + scale.numel()] = scale
         if name in EIGHT_BIT:
             codes[lo : lo + length] = q.view(-1)[:length]
@@ -155,9 +160,41 @@ def _quantise_nf4(y: Tensor) -> Tensor:
     """Index of the nearest entry: the number of edges below y."""
     q = torch.zeros_like(y, dtype=torch.uint8)
     above = torch.empty_like(y, dtype=torch.bool)
-    for edge in _nf4_edges():
+    for edge in nf4_edges():
         q.add_(torch.gt(y, edge, out=above).view(torch.uint8))
     return q
+
+
+def _quantise_at_random(name: str, y: Tensor, u: Tensor) -> Tensor:
+    """Codes whose expected level is y: from the level below, up if u < (y - below)/(above - below)."""
+    u = u.view_as(y)
+    if name in ("int8", "int4"):
+        largest = DIVISOR[name]
+        below = y.floor()
+        q = below.add_((u < y - below).float()).clamp_(-largest, largest).to(torch.int8).view(torch.uint8)
+        return q if name == "int8" else q.bitwise_and_(15)
+    if name == "nf4":
+        return _between(y, u, torch.tensor(NF4_LEVELS, dtype=torch.float32, device=y.device))
+    table = torch.tensor(magnitudes(name), dtype=torch.float32, device=y.device)
+    level = _between(y.abs().clamp_(max=float(table[-1])), u, table)
+    sign = (y < 0).to(torch.uint8).mul_(0x80 if name in EIGHT_BIT else 8)
+    return sign.mul_(level != 0).bitwise_or_(level)
+
+
+def _between(y: Tensor, u: Tensor, table: Tensor) -> Tensor:
+    """Index into the ascending `table` of the level below y, or of the one above it where u says so."""
+    below = torch.searchsorted(table, y, right=True).sub_(1).clamp_(0, table.numel() - 2)
+    share = (y - table[below]) / (table[below + 1] - table[below])
+    return below.add_(u < share).to(torch.uint8)
+
+
+def magnitudes(name: str) -> list[float]:
+    """The ascending values of the codes without a sign of e3m0, e2m1, e4m3 and e5m2."""
+    if name in FP8_DTYPES:
+        finite = 0x7F if name == "e4m3" else 0x7C
+        codes = torch.arange(finite, dtype=torch.uint8)
+        return [float(level) for level in codes.view(FP8_DTYPES[name]).float()]
+    return list(E3M0_LEVELS if name == "e3m0" else E2M1_LEVELS)
 
 
 def levels(name: str) -> list[float]:
@@ -179,7 +216,7 @@ def _pair_table(name: str) -> Tensor:
 
 
 @cache
-def _nf4_edges() -> tuple[float, ...]:
+def nf4_edges() -> tuple[float, ...]:
     """The largest fp32 that still belongs to the lower of two neighbours: the middle, which is a tie, included."""
     table = torch.tensor(NF4_LEVELS, dtype=torch.float32).double().tolist()
     return tuple(_round_down((a + b) / 2) for a, b in itertools.pairwise(table))
