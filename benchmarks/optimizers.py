@@ -226,7 +226,7 @@ def plan(only: list[str], path: Path) -> Iterator[tuple[Task, tuple[float, ...],
             for method, outer in MAIN:
                 found = best_rate(path, "main-tiny", method, outer)
                 rates = METHODS[method][1] if found is None else (found / 2, found, found * 2)
-                yield Task(experiment, method, outer, preset="small", steps=400, warmup=20), rates, SEEDS
+                yield Task(experiment, method, outer, preset="small", steps=300, warmup=15), rates, SEEDS
         elif experiment == "width":
             for method in ("adamw", "md-muon", "md-adam"):
                 for width in (64, 128, 256):

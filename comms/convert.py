@@ -217,6 +217,7 @@ def coordinator_to_proto(message: m.FromCoordinator, refs: Sequence[Ref] = ()) -
                     rounds=[pb.IndexedRound(index=i, round=r) for i, r in message.rounds],
                     digest=message.digest,
                     frames=_indexed(message.frames, refs),
+                    local_steps=[pb.IndexedRound(index=i, round=r) for i, r in message.local_steps],
                 )
             )
         case m.Rejected():
@@ -280,6 +281,7 @@ def coordinator_from_proto(
                 rounds=tuple((p.index, p.round) for p in _list("Commit.rounds", c.rounds)),
                 digest=_text("Commit.digest", c.digest, MAX_NAME),
                 frames=_filled("Commit.frames", c.frames, frames),
+                local_steps=tuple((p.index, p.round) for p in _list("Commit.local_steps", c.local_steps)),
             )
         case "rejected":
             r = proto.rejected

@@ -27,14 +27,22 @@ class SessionOpened(_message.Message):
     def __init__(self, session: _Optional[bytes] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("padding", "echo")
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
+    padding: bytes
+    echo: int
+    def __init__(self, padding: _Optional[bytes] = ..., echo: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("json",)
+    __slots__ = ("json", "echo", "time")
     JSON_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     json: str
-    def __init__(self, json: _Optional[str] = ...) -> None: ...
+    echo: bytes
+    time: float
+    def __init__(self, json: _Optional[str] = ..., echo: _Optional[bytes] = ..., time: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave")
@@ -117,7 +125,7 @@ class FragmentRound(_message.Message):
     def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end")
+    __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end", "steps_per_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +138,7 @@ class Progress(_message.Message):
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     EVAL_START_FIELD_NUMBER: _ClassVar[int]
     EVAL_END_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: int
     loss: float
@@ -142,7 +151,8 @@ class Progress(_message.Message):
     bytes_down: int
     eval_start: float
     eval_end: float
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., lr: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., eval_start: _Optional[float] = ..., eval_end: _Optional[float] = ...) -> None: ...
+    steps_per_s: float
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., lr: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., eval_start: _Optional[float] = ..., eval_end: _Optional[float] = ..., steps_per_s: _Optional[float] = ...) -> None: ...
 
 class Join(_message.Message):
     __slots__ = ("worker", "nonce", "run_id", "plan", "settings", "versions", "step", "protocol")
@@ -279,20 +289,22 @@ class Refused(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("fragment", "version", "weights", "rounds", "digest", "frames")
+    __slots__ = ("fragment", "version", "weights", "rounds", "digest", "frames", "local_steps")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     fragment: int
     version: int
     weights: _containers.RepeatedCompositeFieldContainer[IndexedWeight]
     rounds: _containers.RepeatedCompositeFieldContainer[IndexedRound]
     digest: str
     frames: _containers.RepeatedCompositeFieldContainer[IndexedObject]
-    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[IndexedWeight, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[IndexedRound, _Mapping]]] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ...) -> None: ...
+    local_steps: _containers.RepeatedCompositeFieldContainer[IndexedRound]
+    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[IndexedWeight, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[IndexedRound, _Mapping]]] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ..., local_steps: _Optional[_Iterable[_Union[IndexedRound, _Mapping]]] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("fragment", "round", "reason")

@@ -7,18 +7,22 @@ that all replicas stay bit-identical with any codec. `close` is the coordinator'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from diloco import robust
+from diloco.aggregate import step_scales
 from diloco.comms.codec import Codec, get
 from diloco.comms.feedback import ErrorFeedback
-from diloco.comms.frame import decode_frame, encode_frame, unpack
+from diloco.comms.frame import FLAG_FINAL, decode_frame, encode_frame, is_final, unpack
 from diloco.comms.messages import Buffer
 from diloco.config import Codec as CodecConfig
 from diloco.errors import CorruptDataError
 from diloco.outer import OuterShard, State
+from diloco.overlap import Bases, advance
+from diloco.robust import MEAN, Rule
 
 # Modes in which every worker repeats the outer step and so needs the outer optimizer's state.
 WORKERS_STEP = frozenset({"relay", "mean_q"})
@@ -37,6 +41,7 @@ class Ledger:
     shard: OuterShard
     master: Tensor | None = None
     feedback: ErrorFeedback | None = None
+    bases: Bases | None = None  # asynchronous runs with stream.compensate
 
     @classmethod
     def start(cls, shard: OuterShard, mode: str, codec: Codec) -> Ledger:
@@ -53,6 +58,8 @@ class Ledger:
             kept["master"] = self.master
         if self.feedback is not None and self.feedback.residual is not None:
             kept["residual"] = self.feedback.residual
+        if self.bases is not None:
+            kept |= {f"base.{version}": value for version, value in self.bases.kept.items()}
         return kept
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
@@ -62,6 +69,9 @@ class Ledger:
             self.master.copy_(tensors["master"])
         if self.feedback is not None and "residual" in tensors:
             self.feedback.load_state_dict({"residual": tensors["residual"]})
+        if self.bases is not None:
+            found = {k.removeprefix("base."): v for k, v in tensors.items() if k.startswith("base.")}
+            self.bases.kept = {int(v): value.clone() for v, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +98,62 @@ def uplink_codec(config: CodecConfig) -> Codec:
 def weighted_mean(parts: Sequence[Part], numel: int, codec: Codec) -> Tensor:
     """``sum w_i dec(frame_i)`` in ascending worker index, fp32 [numel]."""
     mean = torch.zeros(numel, dtype=torch.float32)
-    for part in sorted(parts, key=lambda p: p.index):
-        _, payload = unpack(part.frame, codec=codec)
-        codec.decode_add(payload, part.weight, mean)
+    ordered = sorted(parts, key=lambda p: p.index)
+    payloads = [unpack(part.frame, codec=codec)[1] for part in ordered]
+    codec.decode_add_all(payloads, [part.weight for part in ordered], mean)
     return mean
 
 
+Pieces = Sequence[tuple[int, int]]
+
+
+def combined(
+    rule: Rule, parts: Sequence[Part], numel: int, codec: Codec, state: State, pieces: Pieces = ()
+) -> Tensor:
+    """The update, fp32 [numel], that `parts` make under `rule`; alike on every node that has their frames.
+
+    Norms are those of the headers, which the coordinator has checked against the values. A rule that carries
+    something from round to round finds it in `state` and leaves the new one there. `pieces`: see `robust.combine`.
+    """
+    if rule.plain:
+        return weighted_mean(parts, numel, codec)
+    parts = sorted(parts, key=lambda p: p.index)
+    opened = [unpack(part.frame, codec=codec) for part in parts]
+    shares, count = [part.weight for part in parts], len(parts)
+    scales = step_scales([h.steps for h, _ in opened], shares) if rule.by_steps else [1.0] * count
+    if rule.clips(count):
+        norms = [scale * h.l2norm for scale, (h, _) in zip(scales, opened, strict=True)]
+        scales = [s * cut for s, cut in zip(scales, robust.clip_scales(norms), strict=True)]
+    if rule.dense(count):
+        deltas = [codec.decode(payload, numel) for _, payload in opened]
+        for delta, scale in zip(deltas, scales, strict=True):
+            delta.mul_(scale)
+        update = robust.combine(rule, deltas, shares, state.get("center"), pieces)
+    else:
+        scaled = [replace(part, weight=part.weight * s) for part, s in zip(parts, scales, strict=True)]
+        update = weighted_mean(scaled, numel, codec)
+    if "center" in state:
+        state["center"].copy_(update)
+    return update
+
+
 def close(
-    mode: str, ledger: Ledger, parts: Sequence[Part], codec: Codec, *, fragment: int, run_id: int
+    mode: str,
+    ledger: Ledger,
+    parts: Sequence[Part],
+    codec: Codec,
+    *,
+    fragment: int,
+    run_id: int,
+    rule: Rule = MEAN,
+    pieces: Pieces = (),
 ) -> Frames:
     """Apply one outer step to `ledger` and return the frames that let every worker do the same."""
     shard = ledger.shard
-    mean = weighted_mean(parts, shard.params.numel(), codec)
+    mean = combined(rule, parts, shard.params.numel(), codec, shard.state, pieces)
+    if ledger.bases is not None:
+        base = unpack(parts[0].frame, codec=codec)[0].base_version
+        mean = ledger.bases.corrected(mean, parts[0].weight, base, shard.params)
     label = {
         "fragment": fragment,
         "round": shard.version + 1,
@@ -110,12 +164,13 @@ def close(
         "steps": 0,
         "tokens": 0,
     }
+    final = all(is_final(p.frame) for p in parts)
     if mode == "relay":
-        shard.apply(mean)
+        advance(shard, mean, len(parts), final=final)
         return tuple((p.index, p.frame) for p in sorted(parts, key=lambda p: p.index))
     if mode == "mean_q":
-        frame = encode_frame(codec, mean, **label)
-        shard.apply(decode_frame(frame)[1])
+        frame = encode_frame(codec, mean, **label, flags=FLAG_FINAL if final else 0)
+        advance(shard, decode_frame(frame)[1], len(parts), final=final)
     elif mode == "q4_ef":
         assert ledger.feedback is not None
         update = shard.optimizer.update(shard.params, mean, shard.state)
@@ -132,11 +187,20 @@ def close(
     else:
         shard.apply(mean)
         frame = encode_frame(_plain("fp32"), shard.params, **label)
+    if ledger.bases is not None:
+        ledger.bases.add(shard.version, shard.params)
     return ((0, frame),)
 
 
 def open_commit(
-    mode: str, shard: OuterShard, frames: Frames, weights: Sequence[tuple[int, float]], codec: Codec
+    mode: str,
+    shard: OuterShard,
+    frames: Frames,
+    weights: Sequence[tuple[int, float]],
+    codec: Codec,
+    *,
+    rule: Rule = MEAN,
+    pieces: Pieces = (),
 ) -> None:
     """Advance a worker's copy by one commit.
 
@@ -146,13 +210,14 @@ def open_commit(
     if mode == "relay":
         by_index = dict(frames)
         parts = [Part(index, weight, by_index[index]) for index, weight in weights]
-        shard.apply(weighted_mean(parts, shard.params.numel(), codec))
+        mean = combined(rule, parts, shard.params.numel(), codec, shard.state, pieces)
+        advance(shard, mean, len(parts), final=all(is_final(p.frame) for p in parts))
         return
     if not frames:
         raise CorruptDataError("a commit without frames: only a snapshot brings its value")
     values = decode_frame(frames[0][1])[1]
     if mode == "mean_q":
-        shard.apply(values)
+        advance(shard, values, len(weights), final=is_final(frames[0][1]))
     elif mode == "q4_ef":
         shard.subtract(values)
     else:
@@ -163,7 +228,9 @@ def snapshot_frames(mode: str, shard: OuterShard, *, fragment: int, run_id: int)
     """A fragment's value, and its outer state where workers need it, as fp32 frames in a fixed order."""
     tensors = [shard.params]
     if mode in WORKERS_STEP:
-        tensors += [shard.state[name] for name in sorted(shard.state)]
+        # Only who repeats the aggregation needs what it starts from.
+        names = sorted(name for name in shard.state if name != "center" or mode == "relay")
+        tensors += [shard.state[name] for name in names]
     return tuple((i, value_frame(t, fragment, shard.version, run_id)) for i, t in enumerate(tensors))
 
 

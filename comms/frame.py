@@ -25,6 +25,7 @@ from diloco.kernels.reference import parts
 
 MAGIC = b"LC01"
 FLAG_STOCHASTIC, FLAG_EF, FLAG_PER_ROW = 1, 2, 4
+FLAG_FINAL = 8  # the distance to a worker's last parameters: the round ends its run and averages them
 # How far the norm of the decoded values may be from the one in the header, relative.
 NORM_TOLERANCE = 1e-3
 
@@ -99,9 +100,11 @@ def encode_frame(
     incarnation: int,
     steps: int,
     tokens: int,
+    flags: int = 0,
 ) -> bytes:
     """Frame of `delta` (fp32 [n]) as the codec, or the error feedback around one, encodes it.
 
+    `flags`: FLAG_FINAL or nothing; the others follow from the encoder.
     Raises NonFiniteError for NaN, infinity, or a norm beyond fp32; an error feedback is then as before.
     """
     feedback = encoder if isinstance(encoder, ErrorFeedback) else None
@@ -114,7 +117,7 @@ def encode_frame(
         raise NonFiniteError(f"the norm {norm:g} of fragment {fragment} does not fit fp32")
     header = FrameHeader(
         codec=codec.id,
-        flags=(FLAG_EF if feedback is not None else 0) | (FLAG_PER_ROW if _has_spans(codec) else 0),
+        flags=flags | (FLAG_EF if feedback is not None else 0) | (FLAG_PER_ROW if _has_spans(codec) else 0),
         block=codec.block,
         fragment=fragment,
         round=round,
@@ -151,6 +154,11 @@ def relabel(frame: Payload, *, worker: int, incarnation: int) -> bytes:
     """The same frame under another sender: for a resend after the worker has joined anew. Raises CorruptDataError."""
     header, payload = _split(memoryview(frame).cast("B"))
     return b"".join((pack_header(replace(header, worker=worker, incarnation=incarnation)), payload))
+
+
+def is_final(frame: Payload) -> bool:
+    """Whether the frame belongs to a worker's last round, whose values are averaged as they are."""
+    return bool(_parse(memoryview(frame).cast("B")).flags & FLAG_FINAL)
 
 
 def codec_of(header: FrameHeader) -> Codec:
@@ -237,7 +245,7 @@ def _parse(frame: memoryview) -> FrameHeader:
     ) = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise CorruptDataError(f"frame starts with {magic!r}, want {MAGIC!r}")
-    if flags & ~(FLAG_STOCHASTIC | FLAG_EF | FLAG_PER_ROW):
+    if flags & ~(FLAG_STOCHASTIC | FLAG_EF | FLAG_PER_ROW | FLAG_FINAL):
         raise CorruptDataError(f"frame has unknown flags {flags:#04x}")
     if log2 > 16:
         raise CorruptDataError(f"frame has blocks of 2^{log2} values, want at most 2^16")

@@ -12,24 +12,36 @@ import itertools
 import json
 import logging
 import queue
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import grpc_options as options
-from diloco.comms import loop
+from diloco.comms import loop, tls, tls_probe
 from diloco.comms.chunks import CHUNK_BYTES, MAX_CHUNK_BYTES
 from diloco.comms.convert import coordinator_from_proto, coordinator_refs, parse, worker_to_proto
 from diloco.comms.grpc_options import aio, grpc
 from diloco.comms.grpc_transfers import Link, Transfers, backoff_s, is_cancelled
 from diloco.comms.machine import COORDINATOR, Connected, Event, Lost, Received
-from diloco.comms.messages import Contribution, FromCoordinator, FromWorker, Initial, Join, Message, Rejected
-from diloco.errors import ConfigError, CorruptDataError
+from diloco.comms.messages import (
+    Contribution,
+    FromCoordinator,
+    FromWorker,
+    Initial,
+    Join,
+    Message,
+    Refused,
+    Rejected,
+)
+from diloco.errors import ConfigError, CorruptDataError, EnvironmentProblem, RefusedError
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0  # for the server's first sign of life
 SETTINGS_S = 5.0  # per address
+ROLES = ("worker", "operator", "coordinator")  # the last two can ask for settings, never join
 FLUSH_S = 2.0  # for the last words on close
 
 _BY_FRAGMENT = ("commit", "rejected", "aborted", "resend", "snapshot")
@@ -41,6 +53,10 @@ class GrpcConnection:
     `channels` is the number of TCP connections that share the chunks of an object; more than one pays on lossy
     paths with cubic congestion control. `chunk_bytes`: 1 MiB, 256 KiB below about 200 Mbit/s. Frames larger than
     `max_object_bytes` are not fetched. `on_close` is called at the end, for what was set up on the way.
+
+    `keys` is a folder made by `diloco keys worker`; renewed files in it are used from the next session on. A
+    coordinator that will not have us for good, or is none of ours, is reported as a Refused message.
+    Raises RefusedError and EnvironmentProblem for keys that nobody would accept.
     """
 
     def __init__(
@@ -49,7 +65,7 @@ class GrpcConnection:
         *,
         channels: int = 1,
         chunk_bytes: int = CHUNK_BYTES,
-        credentials: grpc.ChannelCredentials | None = None,
+        keys: Path | None = None,
         max_object_bytes: int = 4 << 30,
         stall_s: float = options.STALL_S,
         on_close: Sequence[Callable[[], None]] = (),
@@ -62,7 +78,10 @@ class GrpcConnection:
             raise ConfigError(f"chunk_bytes: {chunk_bytes} is not between 1 and {MAX_CHUNK_BYTES}")
         self._addresses = tuple(addresses)
         self._channels = channels
-        self._credentials = credentials
+        self._folder = keys
+        self._keys = tls.load_keys(keys, ROLES, time.time()) if keys is not None else None
+        self._complaint = ""
+        self._opened = False  # whether any session ever was
         self._on_close = tuple(on_close)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._transfers = Transfers(chunk_bytes, max_object_bytes, stall_s)
@@ -74,6 +93,11 @@ class GrpcConnection:
         self._closed = False
         self._main: asyncio.Task[None] | None = None
         loop.run(self._start())
+
+    @property
+    def name(self) -> str | None:
+        """The worker that the keys are made for; None without keys."""
+        return self._keys.identity.name or None if self._keys is not None else None
 
     def send(self, message: Message) -> None:
         """Queue `message`. Frames are uploaded until they have arrived; other messages are dropped while offline."""
@@ -89,7 +113,9 @@ class GrpcConnection:
             return None
 
     def settings(self) -> Mapping[str, Any] | None:
-        """The coordinator's "config"; None when no address answers within 5 s."""
+        """The coordinator's "config"; None when no address answers within 5 s. Raises RefusedError."""
+        if (reason := self._why_refused()) is not None:
+            raise RefusedError(reason)
         return loop.run(self._settings())
 
     def traffic(self) -> tuple[int, int]:
@@ -110,15 +136,23 @@ class GrpcConnection:
         self._main.add_done_callback(_report)
 
     async def _run(self) -> None:
-        failures = 0
+        failures, suspicion = 0, None
         for address in itertools.cycle(self._addresses):
             joined = await self._session(address)
             failures = 0 if joined else failures + 1
+            self._opened |= joined
+            if failures and failures % (2 * len(self._addresses)) == 0 and not self._opened:
+                reason = await asyncio.to_thread(self._why_refused)
+                # Twice the same: not a coordinator that was just going down.
+                if reason is not None and reason == suspicion:
+                    self._deliver(Refused("identity", reason))
+                suspicion = reason
             await asyncio.sleep(backoff_s(failures))
 
     async def _session(self, address: str) -> bool:
         """One session, from dialling to its end. Whether the coordinator let us open it."""
-        control = options.open_channel(address, self._credentials)
+        self._renew()
+        control = self._channel(address)
         link: Link | None = None
         writer: asyncio.Task[None] | None = None
         connected = False
@@ -128,6 +162,7 @@ class GrpcConnection:
             async with asyncio.timeout(CONNECT_S):
                 await call.initial_metadata()
             if call.done():
+                await self._tell_refusal(call)
                 return False
             self._outgoing, self._joined = asyncio.Queue(), False
             writer = asyncio.create_task(_write(self._outgoing, call))
@@ -136,13 +171,16 @@ class GrpcConnection:
             while (raw := options.message_or_end(await call.read())) is not None:
                 response = parse(pb.SessionResponse, raw)
                 if response.WhichOneof("response") == "opened":
-                    data = [options.open_channel(address, self._credentials) for _ in range(self._channels)]
+                    data = [self._channel(address) for _ in range(self._channels)]
                     link = Link(response.opened.session, control, data)
                     self._transfers.attach(link)
                 else:
                     self._dispatch(response.message)
+            await self._tell_refusal(call)
         except (aio.AioRpcError, CorruptDataError, TimeoutError) as error:
             log.debug("session with %s: %s", address, error)
+            if isinstance(error, aio.AioRpcError):
+                self._if_refused(error.code(), error.details())
         except asyncio.CancelledError:
             if is_cancelled():
                 raise
@@ -158,6 +196,36 @@ class GrpcConnection:
                 await self._transfers.detach(link)
             await control.close()
         return link is not None
+
+    def _channel(self, address: str) -> aio.Channel:
+        credentials = tls.channel_credentials(self._keys) if self._keys is not None else None
+        return options.open_channel(address, credentials, tls.channel_options(self._keys))
+
+    def _renew(self) -> None:
+        """Take the keys as they are on disk now, if they are good."""
+        if self._folder is None:
+            return
+        try:
+            self._keys = tls.load_keys(self._folder, ROLES, time.time())
+        except (EnvironmentProblem, RefusedError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.warning("%s; going on with the keys as they were", error)
+
+    async def _tell_refusal(self, call: aio.StreamStreamCall[bytes, bytes]) -> None:
+        self._if_refused(await call.code(), await call.details())
+
+    def _if_refused(self, code: grpc.StatusCode, details: str | None) -> None:
+        if code is grpc.StatusCode.PERMISSION_DENIED:
+            self._deliver(Refused("identity", details or "no reason given"))
+
+    def _why_refused(self) -> str | None:
+        """What a handshake of our own says, where every address that answers has something against us."""
+        found = [(address, tls_probe.probe(address, self._keys)) for address in self._addresses]
+        if any(answer.outcome == "ok" for _, answer in found):
+            return None
+        refusals = [f"{address}: {answer.words}" for address, answer in found if answer.outcome == "refused"]
+        return "; ".join(refusals) or None
 
     def _send(self, message: FromWorker) -> None:
         if isinstance(message, Contribution | Initial):
@@ -220,7 +288,7 @@ class GrpcConnection:
 
     async def _settings(self) -> Mapping[str, Any] | None:
         for address in self._addresses:
-            channel = options.open_channel(address, self._credentials)
+            channel = self._channel(address)
             try:
                 get_status: aio.UnaryUnaryMultiCallable[bytes, bytes]
                 get_status = channel.unary_unary(options.GET_STATUS)
@@ -230,6 +298,8 @@ class GrpcConnection:
                     return config
             except (aio.AioRpcError, CorruptDataError, ValueError, KeyError, TypeError) as error:
                 log.debug("settings from %s: %s", address, error)
+                if isinstance(error, aio.AioRpcError) and error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                    raise RefusedError(f"refused by the coordinator: {error.details()}") from None
             finally:
                 await channel.close()
         return None

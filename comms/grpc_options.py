@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 
 # With fork support on, a fork (a DataLoader worker) of a process with open channels crashes. Both are read at import.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -59,12 +60,15 @@ _COMMON: list[tuple[str, int | str]] = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
+MAX_CONNECTIONS = "grpc.max_allowed_incoming_connections"
 SERVER_OPTIONS = [
     *_COMMON,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
     ("grpc.max_concurrent_streams", 256),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing is cut off
+    ("grpc.max_metadata_size", 8 << 10),
 ]
 CLIENT_OPTIONS = [
     *_COMMON,
@@ -81,7 +85,10 @@ def message_or_end(read: object) -> bytes | None:
     return read if isinstance(read, bytes) else None
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> aio.Channel:
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, str]] = ()
+) -> aio.Channel:
+    """`options` on top of CLIENT_OPTIONS."""
     if credentials is None:
-        return aio.insecure_channel(address, options=CLIENT_OPTIONS)
-    return aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
+        return aio.insecure_channel(address, options=[*CLIENT_OPTIONS, *options])
+    return aio.secure_channel(address, credentials, options=[*CLIENT_OPTIONS, *options])

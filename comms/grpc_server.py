@@ -9,92 +9,49 @@ import asyncio
 import contextlib
 import json
 import logging
-import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import grpc_options as options
-from diloco.comms import loop
+from diloco.comms import loop, tls
 from diloco.comms.address import is_loopback, parse_address
+from diloco.comms.audit import Audit
 from diloco.comms.chunks import CHUNK_BYTES, GRPC_PREFIX_BYTES, MAX_CHUNK_BYTES, read_chunk, write_chunk
-from diloco.comms.convert import coordinator_to_proto, parse, worker_from_proto
+from diloco.comms.convert import coordinator_to_proto, parse
+from diloco.comms.grpc_access import (
+    Access,
+    Context,
+    ForbiddenError,
+    Gate,
+    NoSessionError,
+    NotOfferedError,
+    TooManyError,
+    host_of,
+    refusals,
+)
 from diloco.comms.grpc_options import aio, grpc, health, health_pb2, health_pb2_grpc
+from diloco.comms.grpc_sessions import MAX_QUEUED, Counts, Session, read_message, write_messages
+from diloco.comms.limits import Lobby, max_connections
 from diloco.comms.machine import Connected, Event, Lost, Received
-from diloco.comms.messages import Commit, FromCoordinator, FromWorker, Join, Snapshot
+from diloco.comms.messages import Commit, FromCoordinator, Join, Leave, Refused, Snapshot, Welcome
 from diloco.comms.outbox import Outbox
-from diloco.comms.transfer import FencedError, OutOfPlaceError, TooLargeError, cut
-from diloco.comms.uploads import QuotaError, Uploads
-from diloco.errors import ConfigError, CorruptDataError, DilocoError, EnvironmentProblem
+from diloco.comms.tls import Identity
+from diloco.comms.transfer import OutOfPlaceError, cut
+from diloco.comms.uploads import Uploads
+from diloco.errors import ConfigError, CorruptDataError, EnvironmentProblem
 
 log = logging.getLogger(__name__)
 
 JOIN_S = 60.0  # how long a session may be open before its Join
 UPLOAD_KEPT_S = 60.0  # how long uploads outlive a broken session, so that they can be resumed
-MAX_QUEUED = 10_000  # control messages to one worker; one that lets more pile up is cut off
-
-_Context = aio.ServicerContext[bytes, bytes]
-
-
-class _NoSessionError(DilocoError):
-    """A transfer without a live session."""
-
-
-class _NotOfferedError(DilocoError):
-    """A download of something that is not in the outbox."""
-
-
-class _ForeignError(DilocoError):
-    """A message in the name of another worker."""
-
-
-# What a peer is told, most special first: its client decides by the code whether to try again.
-_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
-    (TooLargeError, grpc.StatusCode.INVALID_ARGUMENT),
-    (_NoSessionError, grpc.StatusCode.UNAUTHENTICATED),
-    (_NotOfferedError, grpc.StatusCode.NOT_FOUND),
-    (_ForeignError, grpc.StatusCode.PERMISSION_DENIED),
-    (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (FencedError, grpc.StatusCode.ABORTED),
-    (OutOfPlaceError, grpc.StatusCode.OUT_OF_RANGE),
-    (CorruptDataError, grpc.StatusCode.DATA_LOSS),
-    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
-)
-
-
-@contextlib.asynccontextmanager
-async def _refusals(context: _Context) -> AsyncIterator[None]:
-    """Turns the exceptions above into the status of the call."""
-    try:
-        yield
-    except (DilocoError, TimeoutError) as error:
-        code = next((c for kind, c in _CODES if isinstance(error, kind)), grpc.StatusCode.UNKNOWN)
-        await context.abort(code, str(error) or "no progress for too long")
-
-
-@dataclass(slots=True)
-class _Session:
-    worker: str
-    nonce: int
-    token: bytes = field(default_factory=lambda: secrets.token_bytes(16), repr=False)
-    queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    why: str = ""
-
-    def end(self, why: str) -> None:
-        self.why = why
-        self.ended.set()
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Bytes of one worker: of frames, and of what gRPC was given for them, repeats and framing included."""
-
-    frames_up: int = 0
-    frames_down: int = 0
-    wire_up: int = 0
-    wire_down: int = 0
+MAX_SESSIONS = 1024
+PLACES = 256  # sessions per peer that have not joined yet
+WATCH_S = 1.0  # how often the list of revoked certificates is looked at
+MAX_ECHO = 1 << 20
+NO_REFUSALS = ("left", "complete", "incarnation")  # a goodbye, or "join again"
 
 
 class GrpcServer:
@@ -104,8 +61,10 @@ class GrpcServer:
     have their frames. It is called on the loop's thread and must return at once (put the event in a queue).
     `status` returns the run's state as JSON values, its configuration under "config"; it is called on a pool thread.
 
-    `listen` is host:port, port 0 for any. Without `credentials` only loopback is served, unless `insecure`.
-    `max_upload_bytes_total` bounds the memory that all unfinished uploads together may take.
+    `listen` is host:port, port 0 for any. With `keys`, a folder made by `diloco keys`, every call needs a
+    certificate of that authority; without, only loopback is served, unless `insecure`. `audit` hears who came and
+    who was refused. `max_upload_bytes_total` bounds the memory that all unfinished uploads together may take;
+    `object_limit` may lower `max_object_bytes` as soon as it is known what the largest object can be.
     """
 
     def __init__(
@@ -114,9 +73,11 @@ class GrpcServer:
         status: Callable[[], Mapping[str, Any]],
         *,
         listen: str = "127.0.0.1:0",
-        credentials: grpc.ServerCredentials | None = None,
+        keys: Path | None = None,
         insecure: bool = False,
+        audit: Audit | None = None,
         max_object_bytes: int = 4 << 30,
+        object_limit: Callable[[], int | None] = lambda: None,
         max_upload_bytes_total: int = 16 << 30,
         max_uploads_per_worker: int = 64,
         chunk_bytes: int = CHUNK_BYTES,
@@ -127,17 +88,24 @@ class GrpcServer:
         self._inbox = inbox
         self._status = status
         self._listen = listen
-        self._credentials = credentials
+        self._keys = tls.load_keys(keys, ["coordinator"], time.time()) if keys is not None else None
+        self._audit = audit or Audit(None)
+        self._access = Access(self._keys, self._audit)
+        self._lobby = Lobby(PLACES, JOIN_S)
+        self._watcher: asyncio.Task[None] | None = None
+        self._status_call: asyncio.Task[Mapping[str, Any]] | None = None
         self._insecure = insecure
         self._chunk_bytes = chunk_bytes
         self._stall_s = stall_s
         self._outbox = Outbox()
-        self._uploads = Uploads(max_object_bytes, max_upload_bytes_total, max_uploads_per_worker)
-        self._sessions: dict[str, _Session] = {}
-        self._tokens: dict[bytes, _Session] = {}
+        self._uploads = Uploads(
+            max_object_bytes, max_upload_bytes_total, max_uploads_per_worker, object_limit
+        )
+        self._sessions: dict[str, Session] = {}
+        self._tokens: dict[bytes, Session] = {}
         self._nonces: dict[str, int] = {}
         self._expiries: dict[str, asyncio.TimerHandle] = {}  # of the uploads of workers that are away
-        self._counts: dict[str, _Counts] = {}
+        self._counts: dict[str, Counts] = {}
         self._empty = asyncio.Event()
         self._server: aio.Server | None = None
         self._closing = False
@@ -150,10 +118,11 @@ class GrpcServer:
             raise EnvironmentProblem(
                 f"listen: {error}; write for example 127.0.0.1:7700, or [::]:7700 for all interfaces"
             ) from error
-        if self._credentials is None and not self._insecure and not is_loopback(host):
+        if self._keys is None and not self._insecure and not is_loopback(host):
             raise EnvironmentProblem(
-                f"listen: {self._listen} is reachable from other machines and TLS is off: set up keys, "
-                "listen on 127.0.0.1, or allow it explicitly with insecure"
+                f"listen: {self._listen} is reachable from other machines and TLS is off: set up keys "
+                "(diloco keys init) and give --keys, "
+                "listen on 127.0.0.1, or allow it explicitly with --insecure"
             )
         return loop.run(self._start())
 
@@ -161,6 +130,10 @@ class GrpcServer:
         """Queue `message` for the worker `to`; dropped when it has no session. Never blocks on the network."""
         refs = self._outbox.put(message) if isinstance(message, Commit | Snapshot) else ()
         response = pb.SessionResponse(message=coordinator_to_proto(message, refs))
+        if isinstance(message, Welcome):
+            self._audit.write("joined", worker=to, incarnation=message.incarnation)
+        elif isinstance(message, Refused) and message.kind not in NO_REFUSALS:
+            self._audit.write("refused", worker=to, reason=f"{message.kind}: {message.reason}")
         loop.shared_loop().call_soon_threadsafe(self._enqueue, to, response.SerializeToString())
 
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -178,7 +151,11 @@ class GrpcServer:
     # ---- on the loop ----
 
     async def _start(self) -> int:
-        server = aio.server(options=options.SERVER_OPTIONS, maximum_concurrent_rpcs=4096)
+        server = aio.server(
+            interceptors=[Gate(self._access)],
+            options=[*options.SERVER_OPTIONS, (options.MAX_CONNECTIONS, max_connections())],
+            maximum_concurrent_rpcs=4096,
+        )
         server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(
@@ -204,10 +181,10 @@ class GrpcServer:
         for service in ("", options.COORDINATOR_SERVICE, options.TRANSFER_SERVICE):
             await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
         try:
-            if self._credentials is None:
+            if self._keys is None:
                 port = server.add_insecure_port(self._listen)
             else:
-                port = server.add_secure_port(self._listen, self._credentials)
+                port = server.add_secure_port(self._listen, tls.server_credentials(self._keys))
         except RuntimeError as error:
             await server.stop(None)
             raise EnvironmentProblem(
@@ -216,6 +193,8 @@ class GrpcServer:
             ) from error
         await server.start()
         self._server = server
+        if self._keys is not None:
+            self._watcher = asyncio.create_task(self._watch())
         return port
 
     async def _stop(self, grace_s: float) -> None:
@@ -225,6 +204,8 @@ class GrpcServer:
                 async with asyncio.timeout(grace_s):
                     await self._empty.wait()
         self._closing = True
+        if self._watcher is not None:
+            self._watcher.cancel()
         for expiry in self._expiries.values():
             expiry.cancel()
         if self._server is not None:
@@ -240,27 +221,50 @@ class GrpcServer:
         except asyncio.QueueFull:
             session.end(f"{MAX_QUEUED} messages are waiting: the worker does not read")
 
-    async def _session(self, _requests: AsyncIterator[bytes], context: _Context) -> None:
+    async def _watch(self) -> None:
+        """Ends the sessions of certificates that have been revoked or have expired."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._access.refresh()
+            for session in list(self._sessions.values()):
+                if session.identity is not None and (why := self._access.barred(session.identity)):
+                    self._audit.write("ended", worker=session.worker, reason=why)
+                    session.end(why, grpc.StatusCode.PERMISSION_DENIED)
+                    self._uploads.drop(session.worker)
+
+    async def _session(self, _requests: AsyncIterator[bytes], context: Context) -> None:
         await context.send_initial_metadata(())  # tells the worker that the way is open
-        async with _refusals(context):
-            async with asyncio.timeout(JOIN_S):
+        async with refusals(context):
+            async with self._lobby.wait(self._access.peer(context)):
                 raw = options.message_or_end(await context.read())
             if raw is None:
                 return
-            join = _read_message(raw)
+            join = read_message(raw)
             if not isinstance(join, Join):
                 raise CorruptDataError("Session: the first message must be a Join")
-            session = self._register(join)
+            identity = self._admit(join, context)
+            serial = f"{identity.serial:x}" if identity is not None else ""
+            self._audit.write("connected", worker=join.worker, host=host_of(context), serial=serial)
+            session = self._register(join, identity)
             try:
                 self._inbox(Received(join.worker, join))
                 await self._serve(session, context)
             finally:
                 self._unregister(session)
         if session.ended.is_set():
-            await context.abort(grpc.StatusCode.ABORTED, session.why)
+            await context.abort(session.code, session.why)
 
-    def _register(self, join: Join) -> _Session:
-        session = _Session(join.worker, join.nonce)
+    def _admit(self, join: Join, context: Context) -> Identity | None:
+        try:
+            if len(self._sessions) >= MAX_SESSIONS and join.worker not in self._sessions:
+                raise TooManyError(f"{MAX_SESSIONS} workers are connected, the limit")
+            return self._access.check_join(join.worker, context)
+        except (ForbiddenError, TooManyError) as error:
+            self._access.refused(context, str(error), join.worker)
+            raise
+
+    def _register(self, join: Join, identity: Identity | None) -> Session:
+        session = Session(join.worker, join.nonce, identity)
         old = self._sessions.get(join.worker)
         if old is not None:
             self._tokens.pop(old.token, None)
@@ -277,7 +281,7 @@ class GrpcServer:
         self._inbox(Connected(join.worker))
         return session
 
-    def _unregister(self, session: _Session) -> None:
+    def _unregister(self, session: Session) -> None:
         self._tokens.pop(session.token, None)
         if self._sessions.get(session.worker) is not session:
             return  # replaced: the worker is not lost
@@ -288,6 +292,7 @@ class GrpcServer:
             self._expiries[session.worker] = loop.shared_loop().call_later(
                 UPLOAD_KEPT_S, self._expire, session.worker
             )
+            self._audit.write("lost", worker=session.worker)
             self._inbox(Lost(session.worker))
 
     def _expire(self, worker: str) -> None:
@@ -295,10 +300,10 @@ class GrpcServer:
         self._nonces.pop(worker, None)
         self._uploads.drop(worker)
 
-    async def _serve(self, session: _Session, context: _Context) -> None:
+    async def _serve(self, session: Session, context: Context) -> None:
         """Until the worker ends the session, it breaks, or `session.end` is called."""
         reader = asyncio.create_task(self._read(session, context))
-        writer = asyncio.create_task(_write(session, context))
+        writer = asyncio.create_task(write_messages(session, context))
         ended = asyncio.create_task(session.ended.wait())
         tasks = (reader, writer, ended)
         try:
@@ -310,34 +315,44 @@ class GrpcServer:
         if not reader.cancelled() and (error := reader.exception()) is not None:
             raise error
 
-    async def _read(self, session: _Session, context: _Context) -> None:
+    async def _read(self, session: Session, context: Context) -> None:
         while (raw := options.message_or_end(await context.read())) is not None:
-            message = _read_message(raw)
+            message = read_message(raw)
             if message.worker != session.worker:
-                raise _ForeignError(f"session of {session.worker!r}: a message from {message.worker!r}")
+                raise ForbiddenError(f"session of {session.worker!r}: a message from {message.worker!r}")
             if self._sessions.get(session.worker) is session:
+                if isinstance(message, Leave):
+                    self._audit.write("left", worker=session.worker, reason=message.reason)
                 self._inbox(Received(session.worker, message))
 
-    async def _get_status(self, raw: bytes, context: _Context) -> bytes:
-        status = await asyncio.to_thread(self._status)
-        return pb.GetStatusResponse(json=json.dumps(status)).SerializeToString()
+    async def _get_status(self, raw: bytes, context: Context) -> bytes:
+        async with refusals(context):
+            request = parse(pb.GetStatusRequest, raw)
+        if self._status_call is None or self._status_call.done():
+            # Many askers at once share an answer: the machine is not slowed down by them.
+            self._status_call = asyncio.create_task(asyncio.to_thread(self._status))
+        status = await asyncio.shield(self._status_call)
+        echo = bytes(min(request.echo, MAX_ECHO))
+        response = pb.GetStatusResponse(json=json.dumps(status), echo=echo, time=time.time())
+        return response.SerializeToString()
 
-    async def _begin_upload(self, raw: bytes, context: _Context) -> bytes:
-        async with _refusals(context):
+    async def _begin_upload(self, raw: bytes, context: Context) -> bytes:
+        async with refusals(context):
             request = parse(pb.BeginUploadRequest, raw)
-            session = self._authorised(request.session)
+            session = self._authorised(request.session, context)
             offset, generation = self._uploads.begin(session.worker, request.message)
         return pb.BeginUploadResponse(offset=offset, generation=generation).SerializeToString()
 
-    async def _upload(self, _requests: AsyncIterator[bytes], context: _Context) -> bytes:
-        async with _refusals(context):
+    async def _upload(self, _requests: AsyncIterator[bytes], context: Context) -> bytes:
+        async with refusals(context):
             opening = read_chunk(await self._next(context) or b"")
-            session = self._authorised(opening.session)
+            session = self._authorised(opening.session, context)
             upload = self._uploads.find(session.worker, opening.key, opening.generation)
-            counts = self._counts.setdefault(session.worker, _Counts())
+            counts = self._counts.setdefault(session.worker, Counts())
             upload.streams += 1
             try:
                 while (raw := await self._next(context)) is not None:
+                    session.check()
                     counts.wire_up += len(raw) + GRPC_PREFIX_BYTES
                     chunk = read_chunk(raw)
                     upload.receiving.accept(opening.generation, chunk)
@@ -346,51 +361,48 @@ class GrpcServer:
                 upload.streams -= 1
         return pb.UploadResponse(offset=upload.receiving.offset).SerializeToString()
 
-    async def _next(self, context: _Context) -> bytes | None:
+    async def _next(self, context: Context) -> bytes | None:
         """The next message of an upload, None at its end."""
         async with asyncio.timeout(self._stall_s):
             return options.message_or_end(await context.read())
 
-    async def _commit_upload(self, raw: bytes, context: _Context) -> bytes:
-        async with _refusals(context):
+    async def _commit_upload(self, raw: bytes, context: Context) -> bytes:
+        async with refusals(context):
             request = parse(pb.CommitUploadRequest, raw)
-            session = self._authorised(request.session)
+            session = self._authorised(request.session, context)
             message = self._uploads.commit(session.worker, request.key, request.generation)
             if message is not None:
                 self._inbox(Received(session.worker, message))
         return pb.CommitUploadResponse().SerializeToString()
 
-    async def _download(self, raw: bytes, context: _Context) -> None:
-        async with _refusals(context):
+    async def _download(self, raw: bytes, context: Context) -> None:
+        async with refusals(context):
             request = parse(pb.DownloadRequest, raw)
-            session = self._authorised(request.session)
+            session = self._authorised(request.session, context)
             frame = self._outbox.get(request.key)
             if frame is None:
-                raise _NotOfferedError(f"{request.key!r} is not, or no longer, offered: ask for a snapshot")
+                raise NotOfferedError(f"{request.key!r} is not, or no longer, offered: ask for a snapshot")
             end = memoryview(frame).nbytes
             if request.offset > end:
                 raise OutOfPlaceError(f"{request.key!r} has {end} bytes, not {request.offset}")
             if request.limit:
                 end = min(end, request.offset + request.limit)
-            counts = self._counts.setdefault(session.worker, _Counts())
+            counts = self._counts.setdefault(session.worker, Counts())
             for chunk in cut(frame, request.offset, end, self._chunk_bytes):
+                session.check()
                 message = write_chunk(chunk)
                 async with asyncio.timeout(self._stall_s):
                     await context.write(message)
                 counts.wire_down += len(message) + GRPC_PREFIX_BYTES
                 counts.frames_down += len(chunk.data)
 
-    def _authorised(self, token: bytes) -> _Session:
+    def _authorised(self, token: bytes, context: Context) -> Session:
+        """The session behind `token`, which counts only in the hands of whom it was given to."""
         session = self._tokens.get(token)
         if session is None:
-            raise _NoSessionError("no such session, or it is over: open one and join")
+            raise NoSessionError("no such session, or it is over: open one and join")
+        identity = self._access.caller(context)
+        if identity is not None and identity.name != session.worker:
+            self._access.refused(context, "a transfer in the session of another worker", session.worker)
+            raise ForbiddenError(f"the session is not that of the {identity}")
         return session
-
-
-def _read_message(raw: bytes) -> FromWorker:
-    return worker_from_proto(parse(pb.SessionRequest, raw).message)
-
-
-async def _write(session: _Session, context: _Context) -> None:
-    while True:
-        await context.write(await session.queue.get())

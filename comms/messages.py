@@ -29,6 +29,7 @@ class Progress:
     bytes_down: int = 0
     eval_start: float = float("nan")
     eval_end: float = float("nan")
+    steps_per_s: float = 0.0  # of computing alone, recent mean
 
 
 # ---- from a worker ----
@@ -154,6 +155,7 @@ class Commit:
     rounds: tuple[tuple[int, int], ...]  # (worker index, that worker's round), ascending
     digest: str
     frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+    local_steps: tuple[tuple[int, int], ...] = ()  # (worker index, its inner steps per H from then on)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from diloco.comms.address import is_loopback
+from diloco.comms.metrics_tls import start_tls_server
 from diloco.errors import ConfigError, EnvironmentProblem
 from diloco.readout import data_parallel_bytes, number, utilisation, whole
 
@@ -50,18 +53,24 @@ class WorkerCollector(Collector):
         yield _counter("diloco_worker_commits", "Commits this worker has merged.", [], [((), commits)])
 
 
-def serve(address: str | None, collector: Collector) -> tuple[tuple[str, int], Callable[[], None]]:
+def serve(
+    address: str | None, collector: Collector, keys: Path | None = None
+) -> tuple[tuple[str, int], Callable[[], None]]:
     """Serve `collector` over HTTP; returns the address in use and a function that stops the server.
 
     `address` is "HOST:PORT" (port 0: a free one); None means a free port of the loopback interface. Raises
-    ConfigError for something that is no address, EnvironmentProblem if it cannot be listened on.
+    ConfigError for something that is no address, EnvironmentProblem if it cannot be listened on. With `keys`, whoever is
+    not on this machine needs a certificate of their CA: an address beyond loopback is served over TLS.
     """
     host, port = _host_port(address) if address else ("127.0.0.1", 0)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
     ProcessCollector(registry=registry)
     try:
-        server, thread = start_http_server(port, host, registry)
+        if keys is not None and not is_loopback(host):
+            server, thread = start_tls_server(port, host, registry, keys)
+        else:
+            server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise EnvironmentProblem(
             f"metrics: cannot listen on {host}:{port}: {error.strerror or error}; free that port, or choose "
@@ -144,6 +153,14 @@ def _members(status: Row) -> Iterable[Metric]:
     yield _gauge(
         "diloco_member_heartbeat_age_seconds", "Time since the worker was last heard, while it is live.",
         ["worker"], [((name,), m["heartbeat_age_s"]) for name, m in named if m["live"]],
+    )  # fmt: skip
+    yield _gauge(
+        "diloco_member_quarantined", "1 while bad contributions keep the worker's others from counting.", ["worker"],
+        [((name,), int(bool(m.get("quarantined")))) for name, m in named],
+    )  # fmt: skip
+    yield _counter(
+        "diloco_member_rejections", "Contributions of the worker that were refused.", ["worker", "reason"],
+        [((name, str(k)), n) for name, m in named for k, n in sorted(m.get("rejected", {}).items())],
     )  # fmt: skip
     newest = {f["index"]: f["version"] for f in status["fragments"]}
     behind = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from diloco.comms import diloco_v1_pb2 as pb
@@ -27,10 +28,21 @@ class Upload:
 
 
 class Uploads:
-    """Bounds: bytes per object, bytes of all open objects together, open objects per worker."""
+    """Bounds: bytes per object, bytes of all open objects together, open objects per worker.
 
-    def __init__(self, max_object_bytes: int, max_total_bytes: int, max_per_worker: int) -> None:
+    When all bytes are taken, whoever holds most of them gives way to one that asks for less. `object_limit` is asked
+    at each `begin` for a lower bound of an object than `max_object_bytes`; None when it does not know one.
+    """
+
+    def __init__(
+        self,
+        max_object_bytes: int,
+        max_total_bytes: int,
+        max_per_worker: int,
+        object_limit: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._max_object_bytes = max_object_bytes
+        self._object_limit = object_limit
         self._max_total_bytes = max_total_bytes
         self._max_per_worker = max_per_worker
         self._open: dict[str, dict[str, Upload]] = {}  # worker -> key
@@ -85,9 +97,24 @@ class Uploads:
             if idle is None:
                 raise QuotaError(f"worker {worker!r} has {len(mine)} uploads under way, the limit")
             del mine[idle]  # given up by its sender
-        held = sum(u.receiving.ref.length for uploads in self._open.values() for u in uploads.values())
-        if ref.length <= self._max_object_bytes and held + ref.length > self._max_total_bytes:
-            raise QuotaError(
-                f"{held} bytes of uploads are under way, {ref.length} more would exceed {self._max_total_bytes}"
-            )
-        return Upload(Receiving(ref, self._max_object_bytes), message)
+        limit = self._max_object_bytes
+        if (known := self._object_limit()) is not None:
+            limit = min(limit, known)
+        receiving = Receiving(ref, limit)
+        self._make_room(worker, ref.length)
+        return Upload(receiving, message)
+
+    def _make_room(self, worker: str, length: int) -> None:
+        while (held := sum(map(_announced, self._open.values()))) + length > self._max_total_bytes:
+            greediest = max(self._open, key=lambda name: _announced(self._open[name]))
+            theirs = self._open[greediest]
+            if greediest == worker or _announced(theirs) <= _announced(self._open[worker]) + length:
+                raise QuotaError(
+                    f"{held} bytes of uploads are under way, {length} more would exceed {self._max_total_bytes}"
+                )
+            key = max(theirs, key=lambda key: (not theirs[key].streams, theirs[key].receiving.ref.length))
+            theirs.pop(key).receiving.begin(next(self._generations))  # fences off the streams that feed it
+
+
+def _announced(uploads: dict[str, Upload]) -> int:
+    return sum(upload.receiving.ref.length for upload in uploads.values())

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from diloco import robust
 from diloco.aggregate import weights
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Aborted, Contribution, Heartbeat, Refused, Resend, Skip
-from diloco.coordinator.gates import check_contribution
+from diloco.coordinator import arrivals
+from diloco.coordinator.gates import Unfit, check_contribution, check_header
 from diloco.coordinator.membership import Member, Status
+from diloco.coordinator.pace import local_paces
 from diloco.coordinator.records import commit_record, snapshot_record
 from diloco.coordinator.rounds import Answer, Committed, Round
-from diloco.errors import CorruptDataError
 
 if TYPE_CHECKING:
     from diloco.coordinator.state import Coordinator
@@ -31,6 +33,9 @@ def heartbeat(c: Coordinator, member: Member, message: Heartbeat) -> None:
         return
     if member.status is Status.SYNCING:
         member.status = Status.ACTIVE
+    if c.asynchronous:
+        arrivals.in_flight(c, member, message)
+        return
     for fragment, version in enumerate(message.versions):
         done = c.committed.get(fragment)
         quiet_s = 2 * c.config.fault.heartbeat_s
@@ -50,38 +55,56 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
     p, number = message.fragment, message.round
     if c.plan is None or p not in c.ledgers:
         return  # the starting value is not here yet; the worker offers it again
+    if c.asynchronous:
+        arrivals.contribution(c, member, message)
+        return
     if _ended(c, member, p, number):
         return
+    version = c.ledgers[p].shard.version
     try:
-        checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codec, member, number)
-    except CorruptDataError as error:
-        c.reject(member, p, number, f"corrupt: {error}")
-        _answered_empty(c, member, p, number)
+        if member.conduct.barred(c.ended):
+            check_header(message.frame, c.plan, p, c.run_hash, c.codec, member, number, version)
+            raise Unfit(
+                "quarantined", "too many of this worker's contributions were bad; later ones count again"
+            )
+        checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codec, member, number, version)
+    except Unfit as error:
+        _unfit(c, member, p, number, error)
         return
-    base = checked.header.base_version
-    done, version = c.committed.get(p), c.ledgers[p].shard.version
-    if done is not None and base < version and (member.index, number) in done.rounds:
-        c.send_commit(member, p)  # from an earlier life, or before a restart
-    elif base > version:
-        reason = f"fragment {p}: base version {base} is newer than any commit here ({version})"
-        c.send(member.name, Refused("corrupt", reason))
-    elif base < version:
-        member.lagging.discard(p)  # it works again: the next round waits for it
-        c.reject(member, p, number, "late")
+    open_round = c.rounds.setdefault(p, Round(c.now))
+    member.lagging.discard(p)
+    open_round.skipped.pop(member.index, None)
+    if member.index not in open_round.answers or open_round.answers[member.index].round < number:
+        h = checked.header
+        member.steps, member.tokens = member.steps + h.steps, member.tokens + h.tokens
+        answer = Answer(member.index, number, h.tokens, message.frame, steps=h.steps, norm=h.l2norm)
+        open_round.answers[member.index] = answer
+        if not open_round.waits_for(c.expected(p)):
+            c.arrivals.learn(open_round.opened, c.now)
+
+
+def _unfit(c: Coordinator, member: Member, p: int, number: int, error: Unfit) -> None:
+    done = c.committed.get(p)
+    if error.cause == "ahead":
+        c.send(member.name, Refused("corrupt", f"fragment {p}: {error}: this coordinator has lost commits"))
+    elif error.cause == "stale":
+        # What is in that very commit came from an earlier life, or before a restart.
+        if done is None or (member.index, number) not in done.rounds:
+            member.lagging.discard(p)  # it works again: the next round waits for it
+            c.reject(member, p, number, "late")
         c.send_commit(member, p)
     else:
-        open_round = c.rounds.setdefault(p, Round(c.now))
-        member.lagging.discard(p)
-        open_round.skipped.pop(member.index, None)
-        if member.index not in open_round.answers or open_round.answers[member.index].round < number:
-            header = checked.header
-            open_round.answers[member.index] = Answer(member.index, number, header.tokens, message.frame)
-            if not open_round.waits_for(c.expected(p)):
-                c.arrivals.learn(open_round.opened, c.now)
+        c.reject(member, p, number, f"{error.cause}: {error}")
+        if error.cause != "quarantined":
+            c.offence(member, p, number)
+        _answered_empty(c, member, p, number)
 
 
 def skip(c: Coordinator, member: Member, message: Skip) -> None:
-    if not _ended(c, member, message.fragment, message.round):
+    if c.asynchronous:
+        c.rejections["skipped_by_worker"] += 1
+        arrivals.nothing(c, member, message.fragment, message.round)
+    elif not _ended(c, member, message.fragment, message.round):
         c.rejections["skipped_by_worker"] += 1
         _answered_empty(c, member, message.fragment, message.round)
 
@@ -105,10 +128,20 @@ def _ended(c: Coordinator, member: Member, p: int, number: int) -> bool:
 
 
 def commit(c: Coordinator, p: int, open_round: Round) -> None:
-    ledger, answers = c.ledgers[p], [open_round.answers[i] for i in sorted(open_round.answers)]
-    shares = weights(c.config.weights.mode, [a.tokens for a in answers])
+    ledger, everybody = c.ledgers[p], [open_round.answers[i] for i in sorted(open_round.answers)]
+    answers, dropped = _chosen(c, p, everybody)
+    shares = weights(c.config.weights.mode, [a.tokens for a in answers], steps=[a.steps for a in answers])
     parts = [downlink.Part(a.index, w, a.frame) for a, w in zip(answers, shares, strict=True)]
-    frames = downlink.close(c.config.codec.down, ledger, parts, c.codec, fragment=p, run_id=c.run_hash)
+    frames = downlink.close(
+        c.config.codec.down,
+        ledger,
+        parts,
+        c.codec,
+        fragment=p,
+        run_id=c.run_hash,
+        rule=c.rule,
+        pieces=c.pieces(p),
+    )
     done = Committed(
         version=ledger.shard.version,
         at=c.now,
@@ -116,20 +149,39 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
         rounds=tuple((a.index, a.round) for a in answers),
         digest=frame.digest(ledger.shard.params),
         frames=frames,
+        local_steps=local_paces(c) if p == 0 else (),
     )
     del c.rounds[p]
     close(c, p, open_round, aborted=False)
     c.account(p, done, sum(a.tokens for a in answers), c.inner_step())
-    names = {m.index: m.name for m in c.members.values()}
-    contributors = [names[a.index] for a in answers]
+    members = {m.index: m for m in c.members.values()}
+    contributors = [members[a.index].name for a in answers]
     c.actions.append(commit_record(p, done, answers, contributors, step=c.inner_step(), epoch=c.epoch))
     if done.version % c.config.topology.checkpoint_every_commits == 0:
         c.actions.append(snapshot_record(p, ledger, c.run_hash))
+    for answer in dropped:
+        words = (
+            "norm far from the others'" if c.rule.kind == "norm_outlier" else "points away from the others'"
+        )
+        c.reject(members[answer.index], p, answer.round, f"outlier: {words} (robust.kind = {c.rule.kind!r})")
     for member in c.by_index():
         if member.status is Status.ACTIVE and not open_round.has(member.index) and p not in member.lagging:
             member.lagging = set(c.ledgers)
         if member.live:
             c.send_commit(member, p)
+
+
+def _chosen(c: Coordinator, p: int, answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """Who counts in the commit, and who is dropped, under a rule that drops anybody."""
+    if c.rule.kind == "norm_outlier":
+        norms = [a.norm / a.steps if c.rule.by_steps else a.norm for a in answers]
+        kept = robust.inliers(norms)
+    elif c.rule.kind == "cos_gate":
+        numel = c.ledgers[p].shard.params.numel()
+        kept = robust.agreeing([c.codec.decode(frame.unpack(a.frame)[1], numel) for a in answers])
+    else:
+        return answers, []
+    return [answers[i] for i in kept], [a for i, a in enumerate(answers) if i not in kept]
 
 
 def close(c: Coordinator, p: int, ended: Round, *, aborted: bool) -> dict[int, int]:

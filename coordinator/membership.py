@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -19,6 +20,35 @@ class Status(StrEnum):
 
 
 LIVE = frozenset({Status.JOINING, Status.SYNCING, Status.ACTIVE, Status.SUSPECT})
+
+
+WINDOW_ROUNDS = 20  # of every fragment: bad contributions older than this are forgotten
+COOL_OFF_ROUNDS = 10  # of every fragment: for so long a worker is shut out
+
+
+@dataclass(slots=True)
+class Conduct:
+    """A worker's bad contributions, over all its lives, and whether it is shut out for them.
+
+    Time is counted in ended rounds of the run, committed or aborted, so that it passes even if nobody else is there.
+    """
+
+    offences: dict[tuple[int, int, int], int] = field(default_factory=dict)  # what was bad -> when
+    barred_until: int = 0
+
+    def offend(self, what: tuple[int, int, int], ended: int, fragments: int, limit: int) -> bool:
+        """Note that the contribution `what` was bad; a repetition counts once. True if that shuts the worker out."""
+        since = ended - WINDOW_ROUNDS * fragments
+        self.offences = {k: at for k, at in self.offences.items() if at > since or k == what}
+        self.offences.setdefault(what, ended)
+        if not limit or len(self.offences) < limit:
+            return False
+        self.offences.clear()
+        self.barred_until = ended + COOL_OFF_ROUNDS * fragments
+        return True
+
+    def barred(self, ended: int) -> bool:
+        return ended < self.barred_until
 
 
 @dataclass(slots=True)
@@ -40,6 +70,16 @@ class Member:
     digest: str = ""
     versions: tuple[int, ...] = ()
     progress: Progress = field(default_factory=Progress)
+    # What this worker has sent in this life: contributions that passed the gates.
+    steps: int = 0
+    tokens: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)  # by cause
+    conduct: Conduct = field(default_factory=Conduct)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean so far; 0 while unknown."""
+        return self.tokens / self.steps if self.steps else 0.0
 
     @property
     def live(self) -> bool:

@@ -55,6 +55,8 @@ def commit_record(
         "step": step,
         "epoch": epoch,
     }
+    if done.local_steps:
+        record["local_steps"] = [list(pair) for pair in done.local_steps]
     return Persist(record, [a.frame for a in answers])
 
 

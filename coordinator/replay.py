@@ -66,7 +66,9 @@ def _commit(c: Coordinator, record: Record, blobs: Sequence[Buffer], snapshot: i
         parts = [downlink.Part(i, w, b) for i, w, b in contributors]
     frames: downlink.Frames = ()
     if parts and version > snapshot:
-        frames = downlink.close(mode, ledger, parts, c.codec, fragment=p, run_id=c.run_hash)
+        frames = downlink.close(
+            mode, ledger, parts, c.codec, fragment=p, run_id=c.run_hash, rule=c.rule, pieces=c.pieces(p)
+        )
         if frame.digest(ledger.shard.params) != record["digest"]:
             raise StorageError(
                 f"journal: repeating commit {version} of fragment {p} gives another digest than it recorded; "
@@ -74,15 +76,19 @@ def _commit(c: Coordinator, record: Record, blobs: Sequence[Buffer], snapshot: i
             )
     elif parts and mode == "relay":
         frames = tuple((part.index, part.frame) for part in parts)
+    rounds = tuple(zip(record["indices"], record["rounds"], strict=True))
+    if c.asynchronous:
+        c.counted.update({(p, index): (number, version) for index, number in rounds})
     c.account(
         p,
         Committed(
             version,
             now,
             tuple(zip(record["indices"], record["weights"], strict=True)),
-            tuple(zip(record["indices"], record["rounds"], strict=True)),
+            rounds,
             record["digest"],
             frames,
+            tuple((int(i), int(n)) for i, n in record.get("local_steps", ())),
         ),
         sum(record["tokens"]),
         int(record["step"]),

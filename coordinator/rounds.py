@@ -24,6 +24,8 @@ class Answer:
     round: int
     tokens: int
     frame: Buffer = field(repr=False)
+    steps: int = 1
+    norm: float = 0.0  # of the decoded values
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Committed:
     rounds: tuple[tuple[int, int], ...]
     digest: str
     frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+    local_steps: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import threading
 import time
@@ -17,10 +18,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from diloco.comms.audit import Audit
 from diloco.comms.driver import MachineThread
 from diloco.comms.grpc_server import GrpcServer
 from diloco.comms.machine import Action, Event, Persist, Received, Send, Stop
-from diloco.comms.messages import Heartbeat, Leave
+from diloco.comms.messages import PROTOCOL, Heartbeat, Leave, Rejected
 from diloco.config import RunConfig
 from diloco.coordinator.journal import open_journal
 from diloco.coordinator.state import Coordinator
@@ -28,6 +30,8 @@ from diloco.coordinator.status import finite, status
 from diloco.errors import StorageError
 
 LINGER_S = 3.0  # after the end: late farewells are still answered
+
+log = logging.getLogger(__name__)
 
 
 class CoordinatorService:
@@ -37,11 +41,19 @@ class CoordinatorService:
     """
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, *, listen: str, resume: bool = False, insecure: bool = False
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        listen: str,
+        resume: bool = False,
+        insecure: bool = False,
+        keys: Path | None = None,
     ) -> None:
         self.config, self.run_dir = config, run_dir
         self.machine = Coordinator(config)
         self._done = threading.Event()
+        self._told: set[tuple[str, str]] = set()  # (worker, cause) of rejections that are in the log
         folder = Path(config.topology.journal) if config.topology.journal else run_dir / "journal"
         self.journal = open_journal(folder, resume=resume, fsync=config.topology.fsync)
         try:
@@ -55,7 +67,19 @@ class CoordinatorService:
             raise
         self._begun = time.monotonic()
         self._thread = MachineThread(self.machine, self._perform, name="coordinator")
-        self._server = GrpcServer(self._inbox, self.status, listen=listen, insecure=insecure)
+        try:
+            self._server = GrpcServer(
+                self._inbox,
+                self.status,
+                listen=listen,
+                insecure=insecure,
+                keys=keys,
+                audit=Audit(run_dir / "audit.jsonl"),
+                object_limit=self._object_limit,
+            )
+        except BaseException:
+            self.journal.close()
+            raise
         self._series = (run_dir / "progress.jsonl").open("a", encoding="utf-8")
         self.port = 0
 
@@ -92,7 +116,14 @@ class CoordinatorService:
         now = time.monotonic()
         facts = status(self.machine, now, now - self._begun)
         facts["journal_bytes"] = self.journal.bytes_written
+        facts["protocol"] = PROTOCOL
+        facts["plan"] = self.machine.plan.digest() if self.machine.plan is not None else ""
         return facts
+
+    def _object_limit(self) -> int | None:
+        """More bytes than any honest frame of this run has; None before the plan is known."""
+        plan = self.machine.plan
+        return None if plan is None else (1 << 20) + 16 * max(f.numel for f in plan.fragments)
 
     def export(self) -> Path:
         """Write the global parameters by name as one safetensors file; returns its path."""
@@ -132,11 +163,22 @@ class CoordinatorService:
             self._series.write(json.dumps(line) + "\n")
             self._series.flush()
 
+    def _log_once(self, worker: str, message: Rejected) -> None:
+        cause = message.reason.split(":")[0]
+        if cause != "late" and (worker, cause) not in self._told:
+            self._told.add((worker, cause))
+            log.warning(
+                "worker %s: contribution to round %d of fragment %d refused: %s (said once per cause; counted in the status)",
+                *(worker, message.round, message.fragment, message.reason),
+            )
+
     def _perform(self, action: Action) -> None:
         match action:
             case Persist():
                 self.journal.append(action)
             case Send(to=to, message=message):
+                if isinstance(message, Rejected):
+                    self._log_once(to, message)
                 self._server.send(to, message)  # type: ignore[arg-type]
             case Stop():
                 self._done.set()

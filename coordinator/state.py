@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diloco import outer
+from diloco.aggregate import rda_pieces
 from diloco.comms import codec, downlink, frame
 from diloco.comms.machine import Action, Event, Persist, Received, Send, Stop
 from diloco.comms.messages import (
@@ -40,6 +41,8 @@ from diloco.coordinator.replay import replay
 from diloco.coordinator.rounds import Arrivals, Committed, Round, Verdict
 from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
+from diloco.overlap import bases_for, outer_optimizer
+from diloco.robust import rule_of
 from diloco.settings import settings_json
 
 
@@ -51,6 +54,10 @@ class Coordinator:
         self.settings = settings_json(config)
         self.run_hash = frame.run_id_hash(config.run.run_id)
         self.codec = downlink.uplink_codec(config.codec)
+        self.rule = rule_of(config)
+        self.asynchronous = config.stream.overlap == "async"
+        # Asynchronous runs: (fragment, worker index) -> its newest round that counted, and the version it made.
+        self.counted: dict[tuple[int, int], tuple[int, int]] = {}
         self.members: dict[str, Member] = {}
         self.plan: FragmentPlan | None = None
         self.ledgers: dict[int, downlink.Ledger] = {}
@@ -101,7 +108,8 @@ class Coordinator:
             )
         for fragment, done in self.committed.items():
             assert done.version == self.ledgers[fragment].shard.version, "the cached commit is not the newest"
-            assert abs(sum(w for _, w in done.weights) - 1.0) < 1e-9, "weights do not sum to 1"
+            total = sum(w for _, w in done.weights)
+            assert self.asynchronous or abs(total - 1.0) < 1e-9, "weights do not sum to 1"
 
     # ---- what arrives ----
 
@@ -163,6 +171,8 @@ class Coordinator:
         if member is not None:
             self._forget_answers(member)
         joined = Member(message.worker, message.nonce, incarnation, self.now, index=index)
+        if member is not None:  # a new life is no way out of a quarantine
+            joined.conduct, joined.rejected = member.conduct, member.rejected
         self.members[message.worker] = joined
         if self.started:
             if index < 0:
@@ -252,12 +262,10 @@ class Coordinator:
 
     def begin(self, fragment: int, initial: Buffer) -> None:
         """The fragment's starting value is here."""
-        o = self.config.outer
-        optimizer = outer.make(
-            o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
-        )
-        shard = outer.OuterShard.start(optimizer, frame.decode_frame(initial)[1])
+        shard = outer.OuterShard.start(outer_optimizer(self.config), frame.decode_frame(initial)[1])
+        shard.state.update(self.rule.state(shard.params.numel()))
         self.ledgers[fragment] = downlink.Ledger.start(shard, self.config.codec.down, self.codec)
+        self.ledgers[fragment].bases = bases_for(self.config, shard.params)
 
     def _snapshot(self, member: Member, fragment: int) -> None:
         ledger = self.ledgers.get(fragment)
@@ -313,7 +321,7 @@ class Coordinator:
         frames = done.frames
         if self.config.codec.down == "relay" and member.incarnation == self._contributed_as(member, done):
             frames = tuple((i, f) for i, f in frames if i != member.index)  # its own it still holds
-        return Commit(p, done.version, done.weights, done.rounds, done.digest, frames)
+        return Commit(p, done.version, done.weights, done.rounds, done.digest, frames, done.local_steps)
 
     @staticmethod
     def _contributed_as(member: Member, done: Committed) -> int | None:
@@ -334,7 +342,26 @@ class Coordinator:
 
     def expected(self, p: int) -> list[int]:
         """Whom a round of fragment `p` waits for, by worker index."""
-        return [m.index for m in self.by_index() if m.status is Status.ACTIVE and p not in m.lagging]
+        return [
+            m.index
+            for m in self.by_index()
+            if m.status is Status.ACTIVE and p not in m.lagging and not m.conduct.barred(self.ended)
+        ]
+
+    def offence(self, member: Member, fragment: int, number: int) -> None:
+        """A bad contribution: noted, and after too many of them the worker is shut out."""
+        assert self.plan is not None
+        what, limit = (member.incarnation, fragment, number), self.config.fault.quarantine_after
+        if member.conduct.offend(what, self.ended, len(self.plan.fragments), limit):
+            self.shut_out(member)
+
+    def shut_out(self, member: Member) -> None:
+        """What it has in open rounds does not count, and nobody waits for it."""
+        self.rejections["quarantines"] += 1
+        for open_round in self.rounds.values():
+            answer = open_round.answers.pop(member.index, None)
+            if answer is not None:
+                open_round.skipped[member.index] = answer.round
 
     def _forget_answers(self, member: Member) -> None:
         """A new life begins: what the old one sent to rounds that are still open is taken back."""
@@ -388,8 +415,20 @@ class Coordinator:
     def by_index(self) -> list[Member]:
         return sorted(self.members.values(), key=lambda m: (m.index, m.name))
 
+    @property
+    def ended(self) -> int:
+        """Rounds of any fragment that are over."""
+        return self.commits + self.aborts
+
+    def pieces(self, p: int) -> downlink.Pieces:
+        """The ranges of fragment `p` that merge by direction, if any do."""
+        assert self.plan is not None
+        return rda_pieces(self.plan.fragments[p]) if self.rule.by_direction else ()
+
     def reject(self, member: Member, fragment: int, number: int, reason: str) -> None:
-        self.rejections[reason.split(":")[0]] += 1
+        cause = reason.split(":")[0]
+        self.rejections[cause] += 1
+        member.rejected[cause] += 1
         self.send(member.name, Rejected(fragment, number, reason))
 
     def send(self, to: str, message: Any) -> None:

@@ -36,7 +36,7 @@ def status(coordinator: Coordinator, now: float, seconds: float) -> dict[str, An
             {"index": f.index, "numel": f.numel, "version": versions[f.index]}
             for f in (plan.fragments if plan else ())
         ],
-        "members": [_member(member, now) for member in members],
+        "members": [_member(member, now, coordinator.ended) for member in members],
         "rejections": dict(coordinator.rejections),
         "global_digest": coordinator.global_digest() if coordinator.complete else "",
         "seconds": seconds,
@@ -44,7 +44,7 @@ def status(coordinator: Coordinator, now: float, seconds: float) -> dict[str, An
     }
 
 
-def _member(member: Member, now: float) -> dict[str, Any]:
+def _member(member: Member, now: float, ended: int) -> dict[str, Any]:
     facts = {k: finite(v) for k, v in dataclasses.asdict(member.progress).items()}
     return {
         "id": member.name,
@@ -57,6 +57,8 @@ def _member(member: Member, now: float) -> dict[str, Any]:
         "digest": member.digest,
         "finished": member.finished,
         "live": member.live,
+        "rejected": dict(member.rejected),
+        "quarantined": member.conduct.barred(ended),
     }
 
 

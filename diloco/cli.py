@@ -16,11 +16,17 @@ from typing import Any
 
 # Forked data-loader children of a process with live channels crash otherwise; set before gRPC is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# Ciphers of TLS 1.2 that need RSA keys, which a run has none of: what remains is TLS 1.3, which has its own. gRPC for
+# Python has no setting for the lowest version, and reads this one when it is imported.
+os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
 
 from diloco.config import RunConfig, check_distributed, warnings
-from diloco.errors import ConfigError, DilocoError, EnvironmentProblem, TransportError
+from diloco.doctor import add_command as add_doctor
+from diloco.errors import ConfigError, DilocoError, EnvironmentProblem, RefusedError, TransportError
+from diloco.keys import add_command as add_keys
 
 INTERRUPTED = 130
+KEYS_HELP = "certificates made by `diloco keys`: mutual TLS"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +54,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     coordinator.add_argument("--listen", default="127.0.0.1:7700", metavar="HOST:PORT")
     coordinator.add_argument("--resume", action="store_true", help="continue the run in the journal")
     coordinator.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
+    coordinator.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
     coordinator.add_argument("--insecure", action="store_true", help="serve other machines without TLS")
     coordinator.set_defaults(run=_coordinator)
 
     worker = commands.add_parser("worker", help="train on local data and contribute")
     worker.add_argument("config", metavar="RUN.toml")
     worker.add_argument("--coordinator", required=True, metavar="HOST:PORT[,HOST:PORT]")
-    worker.add_argument("--id", metavar="NAME", help="a lasting name; default: host name and process id")
+    worker.add_argument(
+        "--id", metavar="NAME", help="a lasting name; default: that of the keys, or host name and process id"
+    )
+    worker.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
     worker.add_argument(
         "--connections", type=int, default=1, metavar="K", help="TCP connections that share the data"
     )
@@ -114,7 +124,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         view = commands.add_parser(name, help=text)
         view.add_argument("--coordinator", required=True, metavar="HOST:PORT")
         view.add_argument("--json", action="store_true")
+        view.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
         view.set_defaults(run=_status if name == "status" else _top)
+
+    add_keys(commands)
+    add_doctor(commands)
 
     known, rest = parser.parse_known_args(argv)
     return known, _overrides(parser, rest)
@@ -175,20 +189,27 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
     folder = _run_dir(config)
     stop = _stop_on_signals()
     service = CoordinatorService(
-        config, folder, listen=arguments.listen, resume=arguments.resume, insecure=arguments.insecure
+        config,
+        folder,
+        listen=arguments.listen,
+        resume=arguments.resume,
+        insecure=arguments.insecure,
+        keys=arguments.keys,
     )
     port = service.start()
     stop_metrics = None
     complete = False
     try:
-        (host, metrics_port), stop_metrics = serve(arguments.metrics, CoordinatorCollector(service.status))
+        (host, metrics_port), stop_metrics = serve(
+            arguments.metrics, CoordinatorCollector(service.status), arguments.keys
+        )
         how = (
             f"resumed at epoch {service.machine.epoch}, {service.machine.commits} commits"
             if service.resumed
             else "new"
         )
         _say(
-            f"run {config.run.run_id} ({how}): listening on port {port}, metrics http://{host}:{metrics_port}/metrics"
+            f"run {config.run.run_id} ({how}): listening on port {port}, metrics {_url(host, metrics_port, arguments.keys)}"
         )
         while not (complete := service.wait(0.2)) and not stop.is_set():
             pass
@@ -223,16 +244,18 @@ def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = RunConfig.load(arguments.config, overrides)
     check_distributed(config)
-    name = arguments.id or f"{os.uname().nodename}-{os.getpid()}"
+    name = _worker_name(arguments)
     stop = _stop_on_signals()
     link = Link.parse(arguments.link) if arguments.link else None
-    connection = connect(arguments.coordinator, channels=arguments.connections, link=link)
+    connection = connect(
+        arguments.coordinator, channels=arguments.connections, link=link, keys=arguments.keys
+    )
     trainer = None
     try:
         trainer = Trainer(config, connection, name=name, run_dir=_run_dir(config), stop=stop, say=_say)
         progress = trainer.optimizer
-        (host, port), stop_metrics = serve(arguments.metrics, WorkerCollector(progress.facts))
-        _say(f"worker {name}: metrics http://{host}:{port}/metrics")
+        (host, port), stop_metrics = serve(arguments.metrics, WorkerCollector(progress.facts), arguments.keys)
+        _say(f"worker {name}: metrics {_url(host, port, arguments.keys)}")
         try:
             final = trainer.run()
         finally:
@@ -248,6 +271,25 @@ def _worker(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if trainer is not None:
             trainer.optimizer.close("error")
         connection.close()
+
+
+def _url(host: str, port: int, keys: Path | None) -> str:
+    from diloco.comms.address import is_loopback
+
+    scheme = "http" if keys is None or is_loopback(host) else "https"
+    return f"{scheme}://{host}:{port}/metrics"
+
+
+def _worker_name(arguments: argparse.Namespace) -> str:
+    given: str | None = arguments.id
+    if arguments.keys is None:
+        return given or f"{os.uname().nodename}-{os.getpid()}"
+    from diloco.comms.tls import load_keys
+
+    mine = load_keys(arguments.keys, ["worker"], time.time()).identity.name
+    if given not in (None, mine):
+        raise RefusedError(f"--id {given}, but the keys in {arguments.keys} are those of worker {mine!r}")
+    return mine
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -271,7 +313,7 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _fetch(arguments: argparse.Namespace) -> dict[str, Any]:
     from diloco.comms.query import fetch_status
 
-    found = fetch_status(arguments.coordinator)
+    found = fetch_status(arguments.coordinator, keys=arguments.keys)
     if found is None:
         raise TransportError(
             f"no coordinator answers at {arguments.coordinator}: is it running, and is this its --listen address?"

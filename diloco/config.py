@@ -99,7 +99,7 @@ class Stream(Section):
     first_round: Literal["short", "full"] = "short"
     overlap: Literal["inner", "none", "delayed", "eager", "delay_corrected", "async"] = "inner"
     merge: Literal["lerp", "delay_corrected"] = "lerp"
-    compensate: float = Field(0.0, ge=0)  # delayed: how much of the Taylor correction for the value's movement
+    compensate: float = Field(0.0, ge=0)  # delayed, async: how much of the Taylor correction
     final_flush: bool = True
 
 

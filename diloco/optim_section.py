@@ -81,7 +81,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale": _SCALES,
     "decay": ("decoupled", "adamc", "cautious"),
     "iteration_dtype": ("bfloat16", "float16", "float32", "float64"),
-    "form": ("plain", "gram"),
+    "form": ("plain", "gram", "auto"),
     "start": ("frobenius", "aol"),
     "variant": ("rows", "speedrun"),
     "base": ("muon", "normuon", "adam"),

@@ -8,12 +8,13 @@ from typing import Any
 from diloco.config import RunConfig
 
 # What decides the numbers that cross the wire. The rest (devices, batch sizes, paths) is each node's own affair.
-SHARED = ("outer", "stream", "codec", "weights")
+SHARED = ("outer", "stream", "codec", "weights", "robust")
 
 
 def settings_json(config: RunConfig) -> str:
     """Canonical JSON of the shared sections and the run's identity, length and seed."""
     shared: dict[str, Any] = {name: getattr(config, name).model_dump(mode="json") for name in SHARED}
+    del shared["stream"]["tau"]  # when a worker takes a commit in changes nothing for the others (2501.18512)
     shared["run"] = {"seed": config.run.seed, "inner_steps_total": config.run.inner_steps_total}
     return json.dumps(shared, sort_keys=True)
 

@@ -20,6 +20,8 @@ ENTRY_POINTS = {
     "diloco.chaos",
     "diloco.cli",
     "diloco.demo",
+    "diloco.doctor",
+    "diloco.keys",
     "diloco.live",
     "diloco.params",
     "diloco.plan_schedule",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diloco.comms.machine import COORDINATOR, Connected, Persist
-from diloco.comms.messages import Buffer
+from diloco.comms.messages import Buffer, Progress
 from diloco.comms.sim import Simulation, Weather
 from diloco.config import RunConfig
 from diloco.coordinator.state import Coordinator
@@ -71,6 +71,7 @@ class ToyWorker:
         self.state = "start"
         self.finished = False
         self.trained = 0
+        self.tell_speed = False  # in heartbeats
         self.poison: Callable[[int, ToyModel], None] = lambda step, model: None
         sim.add(name, self.replica)
         sim.after[name] = self._advance
@@ -89,7 +90,9 @@ class ToyWorker:
             return
         if self.replica.stopped is not None:
             return
-        self.replica.merge()
+        self.sim.perform(self.name, self.replica.merge())
+        if self.replica.blocked:
+            return
         if self.state in ("start", "stepping"):
             if self.replica.step >= self.config.run.inner_steps_total:
                 self.state = "draining"
@@ -99,11 +102,11 @@ class ToyWorker:
                 self.sim.at(self.step_s, self._step)
                 return
         if self.state == "draining" and not self.replica.blocked:
-            self.replica.merge()
+            self.sim.perform(self.name, self.replica.merge())
             self.state = "flushing"
             self.sim.perform(self.name, self.replica.flush(self.sim.now))
         if self.state == "flushing" and not self.replica.blocked:
-            self.replica.merge()
+            self.sim.perform(self.name, self.replica.merge())
             self.finished = True
             self.sim.perform(self.name, self.replica.leave("complete"))
 
@@ -112,6 +115,8 @@ class ToyWorker:
             return
         self.model.train_step(self.replica.step + 1)
         self.trained += 1
+        if self.tell_speed:
+            self.replica.progress = Progress(steps_per_s=1.0 / self.step_s)
         self.poison(self.replica.step + 1, self.model)
         self.state = "stepping"
         self.sim.perform(self.name, self.replica.after_step(10, self.sim.now))

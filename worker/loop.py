@@ -20,6 +20,7 @@ from diloco.comms.machine import Connection
 from diloco.config import RunConfig
 from diloco.errors import ConfigError
 from diloco.optim.build import check_composition
+from diloco.stream_checks import plan_warnings
 from diloco.worker import checkpoint
 from diloco.worker.inner import InnerLoop, finite, make_model, make_optimizer
 from diloco.worker.session import DiLoCo, Interrupted
@@ -61,6 +62,8 @@ class Trainer:
             on_wait=say,
             stop=stop,
         )
+        for text in plan_warnings(config, len(self.optimizer.parameters.plan.fragments)):
+            say(f"warning: {text}")
         self.inner.attach(self.optimizer)
 
     # ---- the run ----
@@ -89,13 +92,14 @@ class Trainer:
                 if self.stop.is_set():
                     self._interrupted()
                     return None
+                before = self.optimizer.inner_step
                 loss = self._step()
-                step = self.optimizer.inner_step
+                step = self.optimizer.inner_step  # under weights.dylu a step may be several of the run's
                 log.write(json.dumps({"step": step, "loss": finite(loss), "t": round(time.time(), 3)}) + "\n")
-                if every.eval_every and step % every.eval_every == 0 and step < total:
+                if _passed(every.eval_every, before, step) and step < total:
                     with self.optimizer.global_parameters():
                         log.write(json.dumps({"step": step, "eval": self.inner.evaluate()}) + "\n")
-                if every.checkpoint_every and step % every.checkpoint_every == 0:
+                if _passed(every.checkpoint_every, before, step):
                     self.save()
         self.optimizer.flush()
         final = self.inner.evaluate()
@@ -159,3 +163,8 @@ class Trainer:
         self.optimizer.report(eval_start=self.eval_start)
         torch.set_rng_state(tensors["rng/torch"])
         return True
+
+
+def _passed(every: int, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies in (before, step]; never for 0."""
+    return bool(every) and step // every > before // every

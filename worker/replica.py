@@ -39,11 +39,12 @@ from diloco.comms.messages import (
     Welcome,
 )
 from diloco.config import RunConfig
-from diloco.delta import pseudo_gradient
 from diloco.errors import NonFiniteError, RefusedError
 from diloco.fragments import FragmentPlan
-from diloco.worker import replica_jobs, replica_state
-from diloco.worker.replica_slots import Flight, Parameters, Slot, merged
+from diloco.overlap import next_step
+from diloco.robust import rule_of
+from diloco.worker import replica_jobs, replica_state, replica_turns
+from diloco.worker.replica_slots import Flight, Parameters, Slot
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
 
@@ -61,17 +62,21 @@ class Replica:
         self.worker, self.nonce = worker, nonce
         self.run_hash = frame.run_id_hash(config.run.run_id)
         self.codec = downlink.uplink_codec(config.codec)
-        blocking = config.stream.overlap == "none"
-        self.tau = 0 if blocking else config.stream.tau
-        corrected = (
-            config.stream.merge == "delay_corrected"
-        )  # keeps local work by its own rule, alpha is ignored
-        self.alpha = 0.0 if blocking or corrected else config.stream.alpha
+        self.rule = rule_of(config)
+        self.mode = config.stream.overlap
+        self.whole_round = self.mode in ("delayed", "eager")
+        overlapping = self.mode in ("inner", "delay_corrected")
+        self.tau = config.stream.tau if overlapping else 0
+        # keeps local work by its own rule, alpha is ignored
+        self.corrected = self.mode == "delay_corrected" or config.stream.merge == "delay_corrected"
+        self.alpha = config.stream.alpha if overlapping and not self.corrected else 0.0
         self.slots = [Slot(f.index) for f in plan.fragments]
         if config.codec.ef == "on":
             for slot in self.slots:
                 slot.feedback = ErrorFeedback(self.codec, config.codec.ef_beta)
-        self.step = 0
+        self.step = self.last_step = 0
+        self.pace = self.next_pace = plan.H  # inner steps of this worker per H of the run
+        self.members = 0
         self.incarnation = 0
         self.index = -1
         self.connected = False
@@ -115,7 +120,7 @@ class Replica:
     def check(self) -> None:
         for slot in self.slots:
             flight = slot.flight
-            assert flight is None or flight.due >= self.step or self.blocked or self.flushing, (
+            assert flight is None or flight.due > self.last_step or self.blocked or self.flushing, (
                 "a merge was missed"
             )
             assert not slot.waiting or min(slot.waiting) > slot.version, "a commit was applied and kept"
@@ -131,13 +136,13 @@ class Replica:
     def blocked(self) -> bool:
         if self.stopped is not None:
             return False
-        return not self.ready or any(not self._settled(slot) for slot in self._due())
+        return not self.ready or any(not self.settled(slot) for slot in self._due())
 
     def _due(self) -> list[Slot]:
         return [s for s in self.slots if s.flight is not None and s.flight.due <= self.step]
 
     @staticmethod
-    def _settled(slot: Slot) -> bool:
+    def settled(slot: Slot) -> bool:
         return slot.flight is not None and bool(slot.flight.outcome) and not slot.jobs
 
     def versions(self) -> tuple[int, ...]:
@@ -149,76 +154,44 @@ class Replica:
     def after_step(self, tokens: int, now: float) -> list[Action]:
         """One inner step is done: send the fragments whose turn it is. Then wait while `blocked`, then `merge`."""
         self.now = now
-        self.step += 1
+        total = self.config.run.inner_steps_total
+        step = next_step(self.step, self.plan.H, self.pace)
+        self.last_step, self.step = self.step, min(step, total) if self.step < total else step
         for slot in self.slots:
             slot.steps += 1
             slot.tokens += tokens
         actions: list[Action] = []
-        for index in self.plan.due(self.step):
-            number = self.plan.round_of(index, self.step)
-            actions += self._send(self.slots[index], number, self.step + self.tau, self.alpha)
+        for at in range(self.last_step + 1, self.step + 1):
+            for index in self.plan.due(at):
+                actions += replica_turns.take(self, self.slots[index], at)
+            if at % self.plan.H == 0:
+                self.pace = self.next_pace
         return actions
 
-    def merge(self) -> list[int]:
-        """Write what is due into the parameters; returns the fragments. Only when not `blocked`."""
-        done = []
-        for slot in self.slots:
-            if slot.adopt and slot.flight is None and slot.shard is not None:
-                slot.adopt = False
-                self.parameters.write(slot.index, slot.shard.params)
-                slot.steps = slot.tokens = 0
-                done.append(slot.index)
-        for slot in self._due():
-            flight, shard = slot.flight, slot.shard
-            assert flight is not None and shard is not None and self._settled(slot)
-            if flight.outcome != "aborted" or flight.overwrite:
-                local = self.parameters.read(slot.index)
-                self.parameters.write(slot.index, merged(flight, local, shard.params))
-                done.append(slot.index)
-            slot.flight, slot.adopt = None, False
-        return done
+    def merge(self) -> list[Action]:
+        """Write what is due into the parameters; only when not `blocked`. What it returns may block again."""
+        return replica_turns.merge(self)
 
     def drain(self) -> None:
         """The run is over: what is in flight is merged now."""
-        self.flushing = True
-        for slot in self.slots:
-            if slot.flight is not None:
-                slot.flight.due = self.step
+        replica_turns.drain(self)
 
     def flush(self, now: float) -> list[Action]:
         """Send every fragment once more and take the result whole, so that the global value covers every step."""
         self.now = now
-        actions: list[Action] = []
-        everywhere = self.plan.due(self.step) if self.alpha == 0.0 else ()
-        for slot in self.slots:
-            if slot.steps or slot.index not in everywhere:  # else every worker has just taken it whole
-                actions += self._send(slot, self.plan.flush_round(slot.index, self.step), self.step, 0.0)
-        return actions
+        return replica_turns.flush(self)
 
     def leave(self, reason: str) -> list[Action]:
         """Say goodbye until it is heard: `stopped` is set once the coordinator has answered."""
-        self.leaving = Leave(self.worker, self.incarnation, reason, self.current_progress(), self.digest())
+        # Asynchronous workers end with different values of the run: theirs is no claim about the result.
+        held = "" if self.mode == "async" else self.digest()
+        self.leaving = Leave(self.worker, self.incarnation, reason, self.current_progress(), held)
         return [Send(COORDINATOR, self.leaving)]
 
     def digest(self) -> str:
         """Digest of the global parameters as this worker holds them."""
         shards = [slot.shard for slot in self.slots]
         return frame.model_digest([frame.digest(s.params) for s in shards if s is not None])
-
-    def _send(self, slot: Slot, number: int, due: int, alpha: float) -> list[Action]:
-        shard = slot.shard
-        assert shard is not None and slot.flight is None, "a fragment has at most one round in flight"
-        local = self.parameters.read(slot.index)
-        delta = pseudo_gradient(shard.params, local)
-        keep = local if self.config.stream.merge == "delay_corrected" and due > self.step else None
-        steps = min(max(1, slot.steps), 4 * self.plan.H)  # more can come together after aborted rounds
-        flight = Flight(number, shard.version, due, alpha, steps, slot.tokens, keep, delta, since=self.now)
-        idle = slot.steps == 0 and not bool(delta.any())
-        slot.flight, slot.steps, slot.tokens = flight, 0, 0
-        if idle:  # a newcomer without work of its own must not dilute the others'
-            flight.overwrite, flight.delta = True, None
-            return [*replica_jobs.answer(self, slot, flight), *replica_jobs.open_waiting(self, slot)]
-        return [Compute(replica_jobs.encode_job(self, slot, flight)), *replica_jobs.open_waiting(self, slot)]
 
     # ---- heavy work, run by the driver away from the training thread, in order ----
 
@@ -233,8 +206,10 @@ class Replica:
                 self._settle(slot, commit)
             else:
                 slot.broken = True
-                if slot.feedback is not None and self._counts(slot, commit):
-                    slot.feedback.commit()
+                if slot.flight is not None and not slot.flight.outcome and self._counts(slot, commit):
+                    slot.flight.counted, slot.told = True, dict(commit.local_steps).get(self.index, 0)
+                    if slot.feedback is not None:
+                        slot.feedback.commit()
                 return (
                     []
                     if slot.jobs
@@ -290,15 +265,16 @@ class Replica:
                 self.rejections.append(message)
                 self._roll_back(message.fragment, message.round)
                 flight = self.slots[message.fragment].flight
-                if flight is not None and flight.round == message.round and message.reason != "late":
-                    flight.refused = True
+                if flight is not None and flight.round == message.round:
+                    flight.rejected, flight.refused = True, flight.refused or message.reason != "late"
             case Aborted():
                 slot = self.slots[message.fragment]
                 flight = slot.flight
                 if flight is not None and flight.round == message.round and not flight.outcome:
                     self._roll_back(message.fragment, message.round)
                     flight.outcome = "aborted"
-                    if not flight.overwrite:  # the work is still in the parameters: the next round covers it
+                    # The work is still in the parameters: the next round covers it. In whole rounds it is kept apart.
+                    if not flight.overwrite and (not self.whole_round or flight.final):
                         slot.steps, slot.tokens = slot.steps + flight.steps, slot.tokens + flight.tokens
             case Resend():
                 slot = self.slots[message.fragment]
@@ -313,6 +289,7 @@ class Replica:
             return [Send(COORDINATOR, self.leaving)]
         fresh = not self.joined
         self.joined, self.index, self.incarnation = True, message.index, message.incarnation
+        self.members = message.members
         self.next_heartbeat = self.now + self.config.fault.heartbeat_s
         actions: list[Action] = []
         if message.initial:
@@ -325,7 +302,8 @@ class Replica:
             # One version behind is what a resend cures, and a worker back from its checkpoint then repeats its
             # last round exactly. Further behind it is a newcomer: its old weights would pull the run back.
             held = slot.known if flight is None else flight.base
-            if fresh and slot.shard is not None and held + 1 < message.versions[slot.index]:
+            behind = self.config.fault.s_max if self.mode == "async" else 1
+            if fresh and slot.shard is not None and held + behind < message.versions[slot.index]:
                 slot.forget()
                 flight = None
             if slot.shard is None:
@@ -341,10 +319,21 @@ class Replica:
         slot = self.slots[message.fragment]
         if slot.shard is None or message.version <= slot.known:
             return []
+        if self.mode == "async":
+            return self._value(slot, message)
         slot.waiting[message.version] = message
         if not slot.restoring and slot.known < message.version:  # commits in between never reached us
             return [Send(COORDINATOR, self.fetch(slot))]
         return replica_jobs.open_waiting(self, slot)
+
+    def _value(self, slot: Slot, message: Commit) -> list[Action]:
+        """A whole value, whatever lies between: the answer if our part is in it, or if we know that it will not be."""
+        flight = slot.flight
+        waiting = flight is not None and not flight.outcome and not slot.jobs and not slot.broken
+        if flight is None or not waiting or not (flight.rejected or self._counts(slot, message)):
+            return []
+        slot.jobs += 1
+        return [Compute(replica_jobs.open_job(self, slot, message))]
 
     def _snapshot(self, message: Snapshot) -> list[Action]:
         slot = self.slots[message.fragment]
@@ -353,13 +342,16 @@ class Replica:
         return replica_jobs.open_waiting(self, slot)
 
     def _counts(self, slot: Slot, commit: Commit) -> bool:
-        return slot.flight is not None and (self.index, slot.flight.round) in commit.rounds
+        if slot.flight is None:
+            return False
+        return (self.index, slot.flight.round) in commit.rounds
 
     def _settle(self, slot: Slot, commit: Commit) -> None:
         """The round in flight has its answer: was our part in it?"""
         flight = slot.flight
         if flight is None or flight.outcome:
             return
+        slot.told = dict(commit.local_steps).get(self.index, 0)
         if self._counts(slot, commit):
             flight.outcome = "merged-in"
             if slot.feedback is not None:
@@ -372,6 +364,8 @@ class Replica:
         flight = slot.flight
         if flight is None:
             slot.adopt = True
+        elif snapshot.version > flight.base and not flight.outcome and flight.counted:
+            flight.outcome = "merged-in"
         elif snapshot.version > flight.base and not flight.outcome:
             self._roll_back(slot.index, flight.round)
             flight.outcome = "left-out"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from diloco import outer
+from diloco.aggregate import rda_pieces
 from diloco.comms import downlink, frame
 from diloco.comms.machine import COORDINATOR, Action, Compute, Send
 from diloco.comms.messages import Commit, Contribution, Heartbeat, Initial, Join, Skip, Snapshot, Welcome
@@ -49,6 +50,7 @@ def _frame(r: Replica, slot: Slot, delta: Tensor, flight: Flight, label: tuple[i
         incarnation=label[1],
         steps=flight.steps,
         tokens=flight.tokens,
+        flags=frame.FLAG_FINAL if flight.final and r.mode == "eager" else 0,
     )
 
 
@@ -69,14 +71,15 @@ def open_waiting(r: Replica, slot: Slot) -> list[Action]:
     while slot.flight is not None and (commit := slot.waiting.pop(next_version, None)) is not None:
         slot.jobs += 1
         next_version += 1
-        actions.append(Compute(_open_job(r, slot, commit)))
+        actions.append(Compute(open_job(r, slot, commit)))
     return actions
 
 
-def _open_job(r: Replica, slot: Slot, commit: Commit) -> Callable[[], Any]:
+def open_job(r: Replica, slot: Slot, commit: Commit) -> Callable[[], Any]:
     def open_one() -> tuple[str, Slot, Commit, CorruptDataError | None]:
         try:
-            apply_commit(slot, commit, r.config.codec.down, r.codec, r.index)
+            pieces = rda_pieces(r.plan.fragments[slot.index]) if r.rule.by_direction else ()
+            apply_commit(slot, commit, r.config.codec.down, r.codec, r.index, rule=r.rule, pieces=pieces)
         except (CorruptDataError, KeyError) as error:
             return "opened", slot, commit, CorruptDataError(str(error))
         return "opened", slot, commit, None

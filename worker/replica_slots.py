@@ -19,6 +19,8 @@ from diloco.config import RunConfig
 from diloco.delta import merge, merge_delay_corrected
 from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
+from diloco.overlap import outer_optimizer
+from diloco.robust import MEAN, Rule, rule_of
 
 
 class Parameters(Protocol):
@@ -49,6 +51,21 @@ class Flight:
     outcome: str = ""  # "", "merged-in", "left-out", "aborted"
     overwrite: bool = False  # local values are not fit to keep (non-finite), or are the global ones anyway
     refused: bool = False  # the coordinator will not have this contribution: do not offer it again
+    own: Tensor | None = None  # the pseudo-gradient itself, kept where the next boundary needs it
+    final: bool = False  # the round that ends the run
+    counted: bool = False  # in a commit that could not be opened here: a snapshot brings its value
+    rejected: bool = False  # told that it does not count: in async mode the next value is then the answer
+
+
+@dataclass(slots=True)
+class Turn:
+    """A round that has ended and has not left yet: the one before it is not taken in."""
+
+    round: int
+    at: int  # the inner step of the run at which it ended
+    delta: Tensor | None = None  # measured already in whole-round overlap, else when it leaves
+    steps: int = 0
+    tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +87,12 @@ class Slot:
     kept: Snapshot | None = None  # a snapshot to be taken, like `waiting`
     adopt: bool = False  # take the anchor as it is: after the first snapshot
     broken: bool = False  # a commit could not be applied: only a snapshot helps
+    turn: Turn | None = None
+    # Whole-round overlap only: where this worker's round started (eager: with its own outer state), and what an
+    # aborted round leaves for the next.
+    own: outer.OuterShard | None = None
+    carry: Tensor | None = None
+    told: int = 0  # inner steps per H that the last commit asks of this worker; 0: none
 
     @property
     def version(self) -> int:
@@ -78,6 +101,7 @@ class Slot:
     def forget(self) -> None:
         """Become a newcomer's slot: the run's value is taken whole, as soon as a snapshot is here."""
         self.shard = self.flight = self.kept = None
+        self.turn = self.own = self.carry = None
         self.steps = self.tokens = 0
         self.waiting.clear()
         if self.feedback is not None:
@@ -105,24 +129,34 @@ def merged(flight: Flight, local: Tensor, new: Tensor) -> Tensor:
 
 def start_shard(config: RunConfig, values: Tensor) -> outer.OuterShard:
     """A fresh anchor with `values` [n]; with the outer state only where workers step themselves."""
-    o = config.outer
-    optimizer = outer.make(
-        o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
-    )
+    optimizer = outer_optimizer(config)
     if config.codec.down in downlink.WORKERS_STEP:
-        return outer.OuterShard.start(optimizer, values)
+        shard = outer.OuterShard.start(optimizer, values)
+        if config.codec.down == "relay":
+            shard.state.update(rule_of(config).state(values.numel()))
+        return shard
     return outer.OuterShard(optimizer, values.clone())
 
 
-def apply_commit(slot: Slot, commit: Commit, mode: str, codec: Codec, index: int) -> None:
-    """Move the anchor by one commit. CorruptDataError if that is impossible or gives another digest."""
+def apply_commit(
+    slot: Slot,
+    commit: Commit,
+    mode: str,
+    codec: Codec,
+    index: int,
+    *,
+    rule: Rule = MEAN,
+    pieces: downlink.Pieces = (),
+) -> None:
+    """Move the anchor by one commit, or to its version if it brings the whole value. CorruptDataError if that is impossible or gives another digest."""
     shard, frames, flight = slot.shard, commit.frames, slot.flight
     assert shard is not None
     if mode == "relay" and index in dict(commit.weights) and index not in dict(frames):
         if flight is None or flight.frame is None:
             raise CorruptDataError(f"fragment {slot.index} version {commit.version}: our own frame is gone")
         frames = (*frames, (index, flight.frame))
-    downlink.open_commit(mode, shard, frames, commit.weights, codec)
+    downlink.open_commit(mode, shard, frames, commit.weights, codec, rule=rule, pieces=pieces)
+    shard.version = commit.version
     if frame.digest(shard.params) != commit.digest:
         raise CorruptDataError(f"fragment {slot.index} version {commit.version}: digests differ")
 

@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diloco.worker.replica_slots import Flight, start_shard
+from diloco.outer import OuterShard
+from diloco.worker.replica_slots import Flight, Slot, Turn, start_shard
+from diloco.worker.replica_turns import own_from
 
 if TYPE_CHECKING:
     from diloco.worker.replica import Replica
 
-_NUMBERS = ("round", "base", "due", "alpha", "steps", "tokens", "outcome", "overwrite", "refused")
+_NUMBERS = (
+    *("round", "base", "due", "alpha", "steps", "tokens", "outcome", "overwrite", "refused"),
+    *("final", "counted", "rejected"),
+)
 
 
 def state_dict(replica: Replica) -> dict[str, Any]:
     """Everything that continues `replica`: numbers under "meta", tensors under "tensors"."""
     meta: dict[str, Any] = {
         "step": replica.step,
+        "pace": replica.pace,
+        "next_pace": replica.next_pace,
+        "members": replica.members,
         "index": replica.index,
         "incarnation": replica.incarnation,
         "slots": [],
@@ -32,6 +40,7 @@ def state_dict(replica: Replica) -> dict[str, Any]:
             "steps": slot.steps,
             "tokens": slot.tokens,
             "adopt": slot.adopt,
+            "told": slot.told,
         }
         if slot.shard is not None:
             tensors[f"{p}.params"] = slot.shard.params.clone()
@@ -47,6 +56,9 @@ def state_dict(replica: Replica) -> dict[str, Any]:
                 tensors[f"{p}.delta"] = flight.delta.clone()
             if flight.sent is not None:
                 tensors[f"{p}.sent"] = flight.sent.clone()
+            if flight.own is not None:
+                tensors[f"{p}.flight_own"] = flight.own.clone()
+        _save_late(slot, entry, tensors)
         meta["slots"].append(entry)
     return {"meta": meta, "tensors": tensors}
 
@@ -55,9 +67,12 @@ def load_state_dict(replica: Replica, saved: Mapping[str, Any]) -> None:
     """Inverse of `state_dict`, before the first connection. KeyError or ValueError on another plan's state."""
     meta, tensors = saved["meta"], saved["tensors"]
     replica.step, replica.index, replica.incarnation = meta["step"], meta["index"], meta["incarnation"]
+    replica.last_step = replica.step - 1
+    replica.pace, replica.next_pace, replica.members = meta["pace"], meta["next_pace"], meta["members"]
     for slot, entry in zip(replica.slots, meta["slots"], strict=True):
         p = slot.index
         slot.steps, slot.tokens, slot.adopt = entry["steps"], entry["tokens"], entry["adopt"]
+        slot.told = entry["told"]
         if f"{p}.params" in tensors:
             slot.shard = start_shard(replica.config, tensors[f"{p}.params"])
             state = {k: tensors[f"{p}.state.{k}"] for k in slot.shard.state}
@@ -72,4 +87,32 @@ def load_state_dict(replica: Replica, saved: Mapping[str, Any]) -> None:
             framed = tensors.get(f"{p}.frame")
             slot.flight = Flight(**entry["flight"], label=(index, incarnation))
             slot.flight.sent, slot.flight.delta = tensors.get(f"{p}.sent"), tensors.get(f"{p}.delta")
+            slot.flight.own = tensors.get(f"{p}.flight_own")
             slot.flight.frame = framed.numpy().tobytes() if framed is not None else None
+        _load_late(slot, entry, tensors)
+
+
+def _save_late(slot: Slot, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What whole-round overlap keeps besides, and a turn that waits."""
+    p, turn = slot.index, slot.turn
+    if turn is not None:
+        entry["turn"] = {"round": turn.round, "at": turn.at, "steps": turn.steps, "tokens": turn.tokens}
+        if turn.delta is not None:
+            tensors[f"{p}.turn"] = turn.delta.clone()
+    if slot.carry is not None:
+        tensors[f"{p}.carry"] = slot.carry.clone()
+    if slot.own is not None:
+        tensors[f"{p}.own"] = slot.own.params.clone()
+        tensors.update({f"{p}.own_state.{k}": v.clone() for k, v in slot.own.state.items()})
+
+
+def _load_late(slot: Slot, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    p = slot.index
+    if "turn" in entry:
+        slot.turn = Turn(**entry["turn"], delta=tensors.get(f"{p}.turn"))
+    slot.carry = tensors.get(f"{p}.carry")
+    if f"{p}.own" in tensors:
+        assert slot.shard is not None
+        own: OuterShard = own_from(slot.shard)
+        own.load(tensors[f"{p}.own"], {k: tensors[f"{p}.own_state.{k}"] for k in own.state}, own.version)
+        slot.own = own

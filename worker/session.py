@@ -67,6 +67,11 @@ class Clock:
     compute: float = 0.0
     in_flight: float = 0.0
     flying_since: float | None = None
+    step_s: float = 0.0  # recent mean of the computing time of a step
+
+    def computed(self, seconds: float) -> None:
+        self.compute += seconds
+        self.step_s = 0.9 * self.step_s + 0.1 * seconds if self.step_s else seconds
 
     def flying(self, now: float, any_in_flight: bool) -> None:
         if any_in_flight and self.flying_since is None:
@@ -123,7 +128,7 @@ class DiLoCo(torch.optim.Optimizer):
         self._closing = False
         self._error: BaseException | None = None
         self._last_step_end: float | None = None
-        name = worker or f"{socket.gethostname()}-{secrets.token_hex(3)}"
+        name = worker or getattr(connection, "name", None) or f"{socket.gethostname()}-{secrets.token_hex(3)}"
         self.replica = Replica(
             self.parameters.plan, self.config, self.parameters, worker=name, nonce=secrets.randbits(63)
         )
@@ -144,7 +149,7 @@ class DiLoCo(torch.optim.Optimizer):
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         begun = time.monotonic()
         if self._last_step_end is not None:
-            self.clock.compute += begun - self._last_step_end
+            self.clock.computed(begun - self._last_step_end)
         count = self.tokens_per_step if tokens is None else tokens
         self.tokens_total += count
         with self._changed:
@@ -209,6 +214,7 @@ class DiLoCo(torch.optim.Optimizer):
                     "step": self.replica.step,
                     "tokens": self.tokens_total,
                     "tokens_per_s": self.tokens_total / elapsed if elapsed else 0.0,
+                    "steps_per_s": 1.0 / self.clock.step_s if self.clock.step_s else 0.0,
                     "compute_s": self.clock.compute,
                     "exposed_s": self.clock.exposed,
                     "hidden_s": max(0.0, flying - self.clock.exposed),
@@ -285,6 +291,13 @@ class DiLoCo(torch.optim.Optimizer):
 
     def _merge_when_due(self) -> None:
         """With the lock held: wait for what is due now, then write it into the parameters."""
+        while True:
+            self._wait_while_blocked()
+            self._perform(self.replica.merge())
+            if not self.replica.blocked:  # else a round that had to wait for this merge is due already
+                return
+
+    def _wait_while_blocked(self) -> None:
         waited = time.monotonic()
         while self.replica.blocked and self._error is None:
             if self._stop.is_set():
@@ -294,7 +307,6 @@ class DiLoCo(torch.optim.Optimizer):
                 waited = time.monotonic()
                 self._on_wait(self._why_waiting())
         self._raise_if_stopped()
-        self.replica.merge()
 
     def _why_waiting(self) -> str:
         if not self.replica.joined:

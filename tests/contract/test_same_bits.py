@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,17 +24,20 @@ from tests.toy import Cluster, ToyModel, config, plan_of
 def settle(replica: Replica, connection: Connection, actions: list[Action]) -> None:
     """Perform actions and wait, on one thread, until nothing holds the replica; then merge."""
     pending = list(actions)
-    while pending or replica.blocked:
-        while pending:
-            action = pending.pop(0)
-            if isinstance(action, Send):
-                connection.send(action.message)
-            elif isinstance(action, Compute):
-                pending = [*replica.handle(Computed(action.job()), time.monotonic()), *pending]
-        event = connection.receive(0.2)
-        if event is not None:
-            pending += replica.handle(event, time.monotonic())
-    replica.merge()
+    while True:
+        while pending or replica.blocked:
+            while pending:
+                action = pending.pop(0)
+                if isinstance(action, Send):
+                    connection.send(action.message)
+                elif isinstance(action, Compute):
+                    pending = [*replica.handle(Computed(action.job()), time.monotonic()), *pending]
+            event = connection.receive(0.2)
+            if event is not None:
+                pending += replica.handle(event, time.monotonic())
+        pending = replica.merge()
+        if not pending and not replica.blocked:
+            return
 
 
 def work(c: RunConfig, connection: Connection, flavour: int, digests: dict[int, str]) -> None:
@@ -70,10 +74,20 @@ def run_workers(c: RunConfig, connecting: Callable[[], Connection]) -> dict[int,
     return digests
 
 
-@pytest.mark.parametrize("down", ["relay", "q4_ef", "g_bf16"])
-def test_the_driver_does_not_change_a_bit(down: str) -> None:
+RUNS: dict[str, dict[str, Any]] = {
+    "relay": {"codec": {"down": "relay"}},
+    "q4_ef": {"codec": {"down": "q4_ef"}},
+    "g_bf16": {"codec": {"down": "g_bf16"}},
+    "delayed": {"codec": {"down": "q4_ef"}, "stream": {"overlap": "delayed"}},
+    "eager": {"codec": {"down": "mean_q", "ef": "on"}, "stream": {"overlap": "eager"}},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_driver_does_not_change_a_bit(run: str) -> None:
     """Promise 6: delays and duplicates in virtual time, threads, or sockets: the same seed gives the same result."""
-    c = config(codec={"up": "e3m0", "down": down})
+    sections = RUNS[run]
+    c = config(**{**sections, "codec": {"up": "e3m0", **sections["codec"]}})
     expected = (
         Cluster(c, seed=3, weather=Weather((0.01, 3.0), duplicate=0.2)).run().coordinator.global_digest()
     )

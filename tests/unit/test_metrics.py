@@ -24,7 +24,7 @@ UNITS = ("_total", "_seconds", "_per_second", "_nats_per_byte", "_ratio", "_info
 # Plain counts of things that go up and down, or positions, have no unit.
 UNITLESS = (
     "phase", "epoch", "inner_step", "target_inner_steps", "parameters", "members", "state", "incarnation",
-    "staleness_commits", "mismatch", "learning_rate",
+    "staleness_commits", "mismatch", "quarantined", "learning_rate",
 )  # fmt: skip
 
 
