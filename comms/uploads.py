@@ -108,7 +108,7 @@ class Uploads:
         while (held := sum(map(_announced, self._open.values()))) + length > self._max_total_bytes:
             greediest = max(self._open, key=lambda name: _announced(self._open[name]))
             theirs = self._open[greediest]
-            if greediest == worker or _announced(theirs) <= _announced(self._open[worker]) + length:
+            if _announced(theirs) <= _announced(self._open[worker]) + length:
                 raise QuotaError(
                     f"{held} bytes of uploads are under way, {length} more would exceed {self._max_total_bytes}"
                 )
