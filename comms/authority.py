@@ -29,7 +29,6 @@ from diloco.comms.revocation import read_revoked
 from diloco.comms.tls import CA, COORDINATOR_NAME, REVOKED, Identity, identity_of, uri_of
 from diloco.errors import ConfigError, EnvironmentProblem
 
-DAYS = 365
 CA_DAYS = 3650
 BACKDATED = datetime.timedelta(hours=1)  # clocks of different sites differ
 OWN_HOSTS = (COORDINATOR_NAME, "localhost", "127.0.0.1", "::1")

@@ -11,7 +11,7 @@ from diloco import robust
 from diloco.aggregate import weights
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Aborted, Contribution, Heartbeat, Refused, Resend, Skip
-from diloco.coordinator import arrivals
+from diloco.coordinator import arrivals, values
 from diloco.coordinator.gates import Unfit, check_contribution, check_header
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.pace import local_paces
@@ -27,7 +27,7 @@ def heartbeat(c: Coordinator, member: Member, message: Heartbeat) -> None:
     if c.plan is None or not c.started:
         return
     patience_s = 3 * c.config.fault.heartbeat_s
-    if c.seeder() is member and c.now - (c.asked_at or 0.0) > patience_s:
+    if values.seeder(c) is member and c.now - (c.asked_at or 0.0) > patience_s:
         c.greet(member)
     if len(message.versions) != len(c.plan.fragments):
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Buffer
+from diloco.coordinator import values
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.rounds import Committed
 from diloco.errors import StorageError
@@ -36,7 +37,7 @@ def replay(c: Coordinator, records: Sequence[tuple[Record, Sequence[Buffer]]], n
                 gone.finished = "complete" if record["reason"] == "complete" else ""
                 gone.status, gone.digest = Status.GONE, record["digest"]
             case "initial":
-                c.begin(int(record["fragment"]), blobs[0])
+                values.begin(c, int(record["fragment"]), blobs[0])
             case "commit":
                 _commit(c, record, blobs, newest.get(record["fragment"], 0), now)
             case "snapshot" if newest[record["fragment"]] == record["version"]:

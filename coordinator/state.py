@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diloco import outer
 from diloco.aggregate import rda_pieces
-from diloco.comms import codec, downlink, frame
+from diloco.comms import downlink, frame
 from diloco.comms.machine import Action, Event, Persist, Received, Send, Stop
 from diloco.comms.messages import (
     Aborted,
@@ -27,21 +26,17 @@ from diloco.comms.messages import (
     Refused,
     Rejected,
     Skip,
-    Snapshot,
     Waiting,
     Welcome,
 )
 from diloco.config import RunConfig
-from diloco.coordinator import contributions
+from diloco.coordinator import contributions, values
 from diloco.coordinator.admission import refusal
-from diloco.coordinator.gates import check_contribution
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.records import member_record, start_record
 from diloco.coordinator.replay import replay
 from diloco.coordinator.rounds import Arrivals, Committed, Round, Verdict
-from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
-from diloco.overlap import bases_for, outer_optimizer
 from diloco.robust import rule_of
 from diloco.settings import settings_json
 
@@ -136,11 +131,11 @@ class Coordinator:
             case Contribution():
                 contributions.contribution(self, member, message)
             case Initial():
-                self._initial(member, message)
+                values.initial(self, member, message)
             case Skip():
                 contributions.skip(self, member, message)
             case Fetch():
-                self._snapshot(member, message.fragment)
+                values.snapshot(self, member, message.fragment)
             case Leave():
                 self._leave(member, message)
 
@@ -216,7 +211,7 @@ class Coordinator:
             live = tuple(sorted(m.name for m in self.members.values() if m.live))
             self.send(member.name, Waiting(live, self.config.topology.workers))
             return
-        asked = self.seeder() is member
+        asked = values.seeder(self) is member
         if asked:
             self.asked_at = self.now
         self.send(
@@ -234,54 +229,11 @@ class Coordinator:
             ),
         )
 
-    def seeder(self) -> Member | None:
-        """Who gives the starting values: the lowest live index, while any is missing."""
-        assert self.plan is not None
-        if len(self.ledgers) == len(self.plan.fragments):
-            return None
-        return next((m for m in self.by_index() if m.live), None)
-
-    def _initial(self, member: Member, message: Initial) -> None:
-        assert self.plan is not None
-        if message.fragment in self.ledgers or self.seeder() is not member:
-            return
-        try:
-            values = check_contribution(
-                message.frame, self.plan, message.fragment, self.run_hash, codec.get("fp32")
-            ).values
-        except CorruptDataError as error:
-            self.send(member.name, Refused("corrupt", str(error)))
-            return
-        self._persist(
-            {"type": "initial", "fragment": message.fragment, "digest": frame.digest(values)}, [message.frame]
-        )
-        self.begin(message.fragment, message.frame)
-        for other in self.by_index():
-            if other is not member and other.live:
-                self._snapshot(other, message.fragment)
-
-    def begin(self, fragment: int, initial: Buffer) -> None:
-        """The fragment's starting value is here."""
-        shard = outer.OuterShard.start(outer_optimizer(self.config), frame.decode_frame(initial)[1])
-        shard.state.update(self.rule.state(shard.params.numel()))
-        self.ledgers[fragment] = downlink.Ledger.start(shard, self.config.codec.down, self.codec)
-        self.ledgers[fragment].bases = bases_for(self.config, shard.params)
-
-    def _snapshot(self, member: Member, fragment: int) -> None:
-        ledger = self.ledgers.get(fragment)
-        if ledger is None:
-            return  # it is sent to everybody as soon as the starting value is here
-        shard = ledger.shard
-        frames = downlink.snapshot_frames(
-            self.config.codec.down, shard, fragment=fragment, run_id=self.run_hash
-        )
-        self.send(member.name, Snapshot(fragment, shard.version, frame.digest(shard.params), frames))
-
     def _leave(self, member: Member, message: Leave) -> None:
         if member.status is not Status.GONE:
             member.status, member.progress, member.digest = Status.GONE, message.progress, message.digest
             member.finished = "complete" if message.reason == "complete" else ""
-            self._persist(
+            self.persist(
                 {"type": "leave", "worker": member.name, "reason": message.reason, "digest": message.digest}
             )
         self.send(member.name, Refused("left", "goodbye"))
@@ -336,7 +288,7 @@ class Coordinator:
     def _expire(self) -> None:
         for member in self.members.values():
             if member.expire(self.config.fault, self.now) and member.status is Status.DEAD:
-                seeder = self.seeder() if self.started else None
+                seeder = values.seeder(self) if self.started else None
                 if seeder is not None:
                     self.greet(seeder)
 
@@ -377,7 +329,7 @@ class Coordinator:
             return
         if any(m.finished for m in self.members.values()):
             self.complete = True
-            self._persist(
+            self.persist(
                 {"type": "complete", "versions": list(self.versions()), "digest": self.global_digest()}
             )
             self.actions.append(Stop("complete"))
@@ -391,7 +343,7 @@ class Coordinator:
         self.now, self.actions = now, []
         replay(self, records, now)
         self.epoch += 1
-        self._persist({"type": "epoch", "epoch": self.epoch})
+        self.persist({"type": "epoch", "epoch": self.epoch})
         if self.complete:
             self.actions.append(Stop("complete"))
         self._finish_if_done()
@@ -434,5 +386,5 @@ class Coordinator:
     def send(self, to: str, message: Any) -> None:
         self.actions.append(Send(to, message))
 
-    def _persist(self, record: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> None:
+    def persist(self, record: Mapping[str, Any], blobs: Sequence[Buffer] = ()) -> None:
         self.actions.append(Persist(record, blobs))

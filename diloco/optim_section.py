@@ -109,7 +109,7 @@ class Optim(BaseModel):
     d_base: int | None = Field(None, ge=1)  # embeddings' lr is times d_model/d_base
     decay: str | None = None  # decoupled, adamc, cautious
     normalized: tuple[str, ...] | None = (
-        None  # weights that a normalisation follows, or "auto": no decay, or AdamC's
+        None  # weights that a normalisation follows: no decay, or AdamC's; None: "auto", which finds them
     )
     cautious: bool | None = None
     momentum: float | None = Field(None, ge=0, le=1)
@@ -188,8 +188,8 @@ def _problems(given: Mapping[str, Any], known: Iterable[str]) -> Iterable[str]:
         yield f"optim.radius is {radius!r}: give 'init', 'shape' or a positive number"
     if kind == "md" and given.get("base") == "normuon":
         yield "optim.base is 'normuon': kind 'md' has muon and adam; 'hyperball' has normuon"
-    if kind != "normuon" and given.get("scale") == "rms_exact":
-        yield "optim.scale is 'rms_exact', which is of kind 'normuon': use 'match_rms'"
+    if kind not in ("muon", "normuon") and given.get("scale") == "rms_exact":
+        yield "optim.scale is 'rms_exact', which is of the kinds 'muon' and 'normuon': use 'match_rms'"
     momentum = given.get("momentum")
     if kind != "scion" and momentum == 1:
         yield f"optim.momentum is {momentum}: give a number in [0, 1)"

@@ -42,6 +42,7 @@ class ModelParameters:
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         # named_parameters names a tied tensor once.
         self.tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.written = False  # since somebody last looked
         s = config.stream
         self.plan: FragmentPlan = build_plan(
             {name: tuple(p.shape) for name, p in self.tensors.items()},
@@ -57,6 +58,7 @@ class ModelParameters:
 
     def write(self, fragment: int, values: Tensor) -> None:
         scatter(self.plan.fragments[fragment], values, self.tensors)
+        self.written = True
 
 
 @dataclasses.dataclass(slots=True)
@@ -112,6 +114,10 @@ class DiLoCo(torch.optim.Optimizer):
         on_wait: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
     ) -> None:
+        if hasattr(optimizer, "eval"):
+            raise ConfigError(
+                f"DiLoCo cannot wrap {type(optimizer).__name__}, which averages its weights itself: wrap its inner optimizer"
+            )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
@@ -257,6 +263,7 @@ class DiLoCo(torch.optim.Optimizer):
         finally:
             for index, values in enumerate(local):
                 self.parameters.write(index, values)
+            self.parameters.written = False  # all is as it was
 
     def digest(self) -> str:
         """SHA-256 of the global parameters as this worker holds them, hex."""
@@ -295,7 +302,11 @@ class DiLoCo(torch.optim.Optimizer):
             self._wait_while_blocked()
             self._perform(self.replica.merge())
             if not self.replica.blocked:  # else a round that had to wait for this merge is due already
-                return
+                break
+        # Optimizers that keep weights on a sphere must take up what was merged; at the end the model is the run's.
+        if self.parameters.written and not self.replica.flushing and hasattr(self.optimizer, "reanchor"):
+            self.optimizer.reanchor()
+        self.parameters.written = False
 
     def _wait_while_blocked(self) -> None:
         waited = time.monotonic()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, evaluate
 from diloco.optim.working import new_state, working_copies
-from diloco.optim.wrapping import add_entries, param_entries, take_entries
+from diloco.optim.wrapping import add_entries, own_state, param_entries, take_entries
 from diloco.schedules import anytime_rate
+
+# What a copy of the optimizer takes along, beside torch's own.
+_OWN = ("optimizer", "half_life", "steps", "average", "theta", "training")
 
 
 class AnytimeAverage(torch.optim.Optimizer):
@@ -46,6 +51,9 @@ class AnytimeAverage(torch.optim.Optimizer):
         self.training = True
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return own_state(super().__getstate__(), self, _OWN)
 
     def _share(self) -> None:
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state

@@ -32,7 +32,7 @@ from diloco.optim.schedule_free import ScheduleFreeAdamW
 from diloco.optim.schedule_free_plus import ScheduleFreePlus
 from diloco.optim.scion import Scion
 from diloco.optim.state import ParamGroup
-from diloco.optim_section import KINDS, Optim, composition_problem
+from diloco.optim_section import KINDS, Optim, composition_problem, uses
 
 OUTERS = ("none", "snoo", "gpa", "anytime", "diloco")
 _ORTH = ("momentum", "coefficients", "iteration_dtype", "form", "start")
@@ -169,7 +169,8 @@ def plan(model: nn.Module, section: Optim, *, total_steps: int | None = None) ->
         matrix_lr=section.matrix_lr,
         weight_decay=section.weight_decay,
         normalized_decay=section.weight_decay if adamc else 0.0,
-        **_given(section, "head_weight_decay", "d_base", "blocks", "head", "router", "normalized"),
+        normalized=_normalized(section),
+        **_given(section, "head_weight_decay", "d_base", "blocks", "head", "router"),
     )
     if kind in _WHOLE:
         return [_WHOLE[kind](groups, section)]
@@ -185,6 +186,13 @@ def plan(model: nn.Module, section: Optim, *, total_steps: int | None = None) ->
         matrices = [_without(g, "weight_decay") for g in matrices]
     first = _matrices(kind, matrices, section, total_steps)
     return [first, _adamw(rest, section)] if rest else [first]
+
+
+def _normalized(section: Optim) -> tuple[str, ...]:
+    """Names of weights that a normalisation follows, found by themselves unless given: it is Adam's kinds that care."""
+    if section.normalized is not None:
+        return section.normalized
+    return ("auto",) if uses(section.kind, "normalized") else ()
 
 
 def _matrices(kind: str, groups: list[ParamGroup], section: Optim, total_steps: int | None) -> Member:
@@ -212,6 +220,8 @@ def _matrices(kind: str, groups: list[ParamGroup], section: Optim, total_steps: 
 def _adamw(groups: list[ParamGroup], section: Optim) -> Member:
     groups = [_without(g, "blocks", "stacked", "normalized") for g in groups]
     params = [p for g in groups for p in g["params"]]
+    if any(p.dtype == torch.float16 for p in params):  # torch's would keep its moments in 16 bits too
+        return Member(AdamW, groups, {"betas": section.betas, "eps": section.eps})
     # One kernel per step instead of one per parameter and operation, which on a CPU is most of the time.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     return Member(torch.optim.AdamW, groups, {"betas": section.betas, "eps": section.eps, "fused": fused})

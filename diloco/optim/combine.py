@@ -9,6 +9,7 @@ import torch
 
 from diloco.errors import ConfigError
 from diloco.optim.state import Closure, ParamGroup, StateDict, evaluate, restore_exactly
+from diloco.optim.wrapping import own_state
 
 # What wrappers and loops look for: present here only when a member has it, and then done to every such member.
 _PASSED_ON = ("reanchor", "train", "eval")
@@ -41,9 +42,19 @@ class Combined(torch.optim.Optimizer):
             self.state.update(o.state)
         self._share()
         self._complete = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
         for name in _PASSED_ON:
-            if any(hasattr(o, name) for o in optimizers):
+            if any(hasattr(o, name) for o in self.optimizers):
                 setattr(self, name, lambda name=name: self._each(name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return own_state(super().__getstate__(), self, ("optimizers", "needs_loss", "_complete"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pass_on()
 
     def _share(self) -> None:
         start = 0

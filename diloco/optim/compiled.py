@@ -53,7 +53,9 @@ def compiled_update(
             second = None
             if rows:
                 key = "v" if len(weights) == 1 else f"v{k}"
-                second = state.setdefault(key, torch.zeros(w.shape[0], r, 1))
+                if key not in state:
+                    state[key] = m.new_zeros(w.shape[0], r, 1)  # whatever torch's default dtype and device
+                second = state[key]
             pieces, size = segments(chosen, group["form"], group["start"], r, c), step(r, c)
             for i in range(w.shape[0]):
                 v = None if second is None else second[i]

@@ -11,6 +11,7 @@ from torch import Tensor
 from diloco.errors import ConfigError, nearest
 from diloco.optim.matrices import apply_update, check_matrix_group, iteration_dtype, shape_scale, split
 from diloco.optim.muon import momentum_updates
+from diloco.optim.sharded import spread_like, whole
 from diloco.optim.state import (
     Closure,
     ParamGroup,
@@ -132,8 +133,8 @@ def spectral_power(
     """
     check_power(q, method, dtype)
     # Single fresh copies make a result independent of its neighbours in a stack.
-    parts = [_power(m.to(dtype, copy=True), q, method) for m in G.reshape(-1, *G.shape[-2:])]
-    return torch.stack(parts).reshape(G.shape)
+    parts = [_power(m.to(dtype, copy=True), q, method) for m in whole(G).reshape(-1, *G.shape[-2:])]
+    return spread_like(torch.stack(parts).reshape(G.shape), G)
 
 
 def check_power(q: float, method: str, dtype: torch.dtype) -> None:

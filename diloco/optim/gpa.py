@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
+from diloco.optim.sharded import locals_of
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, evaluate, state_dtype
-from diloco.optim.wrapping import add_entries, batches, param_entries, take_entries
+from diloco.optim.wrapping import add_entries, batches, own_state, param_entries, take_entries
+
+# What a copy of the optimizer takes along, beside torch's own.
+_OWN = ("optimizer", "mu_x", "mu_y", "z", "training")
 
 
 class GPA(torch.optim.Optimizer):
@@ -48,6 +54,9 @@ class GPA(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return own_state(super().__getstate__(), self, _OWN)
+
     def _share(self) -> None:
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
@@ -71,7 +80,8 @@ class GPA(torch.optim.Optimizer):
             return loss
         work = []
         for ps in batches(active):
-            zs = [self._z(p) for p in ps]
+            zs = locals_of([self._z(p) for p in ps])
+            ps = locals_of(ps)
             xs = torch._foreach_lerp(_as_state(ps, zs), zs, 1 - 1 / self.mu_y)
             torch._foreach_copy_(ps, zs)
             work.append((ps, zs, xs))
@@ -106,7 +116,8 @@ class GPA(torch.optim.Optimizer):
 
     def _move(self, weight: float) -> None:
         for ps in batches(self.z):
-            zs = [self.z[p] for p in ps]
+            zs = locals_of([self.z[p] for p in ps])
+            ps = locals_of(ps)
             torch._foreach_copy_(ps, torch._foreach_lerp(_as_state(ps, zs), zs, weight))
 
     def state_dict(self) -> StateDict:

@@ -62,7 +62,7 @@ def param_groups(
     blocks: Mapping[str, Blocks] | None = None,
     head: str | None = None,
     router: str | None = None,
-    normalized: Sequence[str] = (),
+    normalized: Sequence[str] = ("auto",),
     normalized_decay: float = 0.0,
 ) -> list[ParamGroup]:
     """Groups for torch optimizers: every trainable parameter in exactly one.
@@ -80,8 +80,9 @@ def param_groups(
             ``in_proj_weight`` of torch's MultiheadAttention is known to be three. Default: what the model itself
             says in an attribute ``fused_blocks``.
         normalized: parts of the names of matrices directly followed by a normalisation; "auto" adds those that are
-            found by name or order (`followed_by_norm`). They decay by `normalized_decay`: ordinary decay there makes
-            gradient norms grow late in training (arXiv 2506.02285). For matrices that AdamW trains.
+            found by name or order (`followed_by_norm`), and is the default. They decay by `normalized_decay`: ordinary
+            decay there makes gradient norms grow late in training (arXiv 2506.02285). For matrices that AdamW trains:
+            give ``()`` to let all decay alike.
 
     Each group has `name`, `params`, `param_names`, `normalized` (of matrices), and `why`: one sentence per parameter.
     Empty groups are left out.

@@ -11,6 +11,7 @@ from diloco.errors import ConfigError
 from diloco.optim.freon import NO_ITERATION
 from diloco.optim.matrices import apply_update, check_matrix_group, iteration_dtype, shape_scale, split
 from diloco.optim.muon import momentum_updates
+from diloco.optim.sharded import spread_like, whole
 from diloco.optim.state import (
     Closure,
     ParamGroup,
@@ -112,8 +113,8 @@ def scramble(M: Tensor, iterations: int = 5, *, dtype: torch.dtype = torch.float
     The norm is taken in float32 at least. Zero matrices give zero.
     """
     # Single fresh copies make a result independent of its neighbours in a stack.
-    parts = [_scrambled(m, iterations, dtype) for m in M.reshape(-1, *M.shape[-2:])]
-    return torch.stack(parts).reshape(M.shape)
+    parts = [_scrambled(m, iterations, dtype) for m in whole(M).reshape(-1, *M.shape[-2:])]
+    return spread_like(torch.stack(parts).reshape(M.shape), M)
 
 
 def _scrambled(M: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:

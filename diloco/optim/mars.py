@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class MARS(torch.optim.Optimizer):
     """c = g + gamma b1/(1-b1) (g - g_prev); c /= max(1, ||c||); then AdamW or Muon on c (arXiv 2411.10438).
 
     ``base="muon"`` (MARS-M): M = lerp(M, c, 1-momentum), orth(M) without Nesterov, times 0.2 sqrt(max(r, c)); b1 is
-    `momentum`. Decay is decoupled. g_prev is the last step's gradient, 0 before the first. Tensors of fewer than two
+    `momentum`, and ||c|| that of each matrix. Decay is decoupled. g_prev is the last step's gradient, 0 before the first. Tensors of fewer than two
     dimensions take plain AdamW on g. State, float32: ``previous``, and ``exp_avg``, ``exp_avg_sq``, ``step`` or
     ``momentum``.
 
@@ -101,6 +101,9 @@ class MARS(torch.optim.Optimizer):
         check_matrix_group(checked)
         group["iteration_dtype"] = checked["iteration_dtype"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "exact": self.exact}
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load copies of the saved state, every tensor in its saved dtype."""
         super().load_state_dict(state_dict)
@@ -119,7 +122,7 @@ class MARS(torch.optim.Optimizer):
             moments: list[Tensor] = []
             for p in (p for p in group["params"] if p.grad is not None):
                 g = gradient(p)
-                c = g if p.ndim < 2 else self._corrected(p, g, group["gamma"] * beta / (1 - beta))
+                c = g if p.ndim < 2 else self._corrected(p, g, group, beta)
                 if muon and p.ndim > 1:
                     state = self.state[p]
                     if "momentum" not in state:
@@ -164,15 +167,19 @@ class MARS(torch.optim.Optimizer):
                 self.state[p]["weights"] = weights
         return loss
 
-    def _corrected(self, p: Tensor, g: Tensor, weight: float) -> Tensor:
+    def _corrected(self, p: Tensor, g: Tensor, group: ParamGroup, beta: float) -> Tensor:
         state = self.state[p]
         if "previous" not in state:
             state["previous"] = zeros_like_state(p)
         previous: Tensor = state["previous"]
-        c = g + weight * (g - previous)
+        c: Tensor = (g + group["gamma"] * beta / (1 - beta) * (g - previous)).contiguous()
         previous.copy_(g)  # a reference to p.grad would be zeroed with it
-        clipped: Tensor = c / c.norm().clamp_min(1.0)
-        return clipped
+        # Fused and stacked matrices are what they would be as parameters of their own.
+        for part in split(c, group) if group["base"] == "muon" else [c[None]]:
+            part.div_(
+                torch.linalg.vector_norm(part, dim=tuple(range(1, part.ndim)), keepdim=True).clamp_min(1.0)
+            )
+        return c
 
 
 def _forget_gradients(params: Sequence[Tensor]) -> None:

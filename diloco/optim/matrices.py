@@ -26,9 +26,11 @@ from diloco.optim.orthogonalize import (
     orthogonalize,
     orthogonalize_each,
 )
+from diloco.optim.sharded import is_sharded, shares_memory, spread_like, whole
 from diloco.optim.state import state_dtype
 
 SCALES = ("match_rms", "original", "spectral", "shape_up", "none")
+EXACT = "rms_exact"  # a scale that depends on the update and not on its shape alone
 # Bounds the stacked copy of one batched call (elements), so that memory does not grow with the model.
 _BATCH_ELEMENTS = 1 << 26
 
@@ -49,12 +51,30 @@ def shape_scale(name: str, rows: int, columns: int) -> float:
     raise ConfigError(f"scale is {name!r}: known are {', '.join(SCALES)}{nearest(name, SCALES)}")
 
 
+def check_scale(name: str) -> None:
+    """Refuse what is neither a shape factor nor "rms_exact"."""
+    known = (*SCALES, EXACT)
+    if name not in known:
+        raise ConfigError(f"scale is {name!r}: known are {', '.join(known)}{nearest(name, known)}")
+
+
+def with_exact_rms(update: Tensor, eps: float = 1e-10) -> Tensor:
+    """0.2 sqrt(r c) O/(||O|| + eps) of each matrix of ``[N, r, c]``: RMS 0.2, and zero for zero."""
+    rows, columns = update.shape[-2:]
+    norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True) + eps
+    return update * (0.2 * math.sqrt(rows * columns) / norm)
+
+
 def split(tensor: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     """Views of `tensor` (a parameter, or anything shaped like one), one per block, each ``[N, r, c]``."""
     stacked, blocks = group["stacked"], group["blocks"]
     if tensor.ndim < 2:
         raise ConfigError(
             f"a matrix optimizer got a parameter of shape {tuple(tensor.shape)}: give vectors and scalars to AdamW"
+        )
+    if tensor.numel() == 0:
+        raise ConfigError(
+            f"a matrix optimizer got a parameter of shape {tuple(tensor.shape)}, which has no elements: leave it out"
         )
     as_stack = tensor.ndim == 3 if stacked is None else stacked and tensor.ndim > 2
     flat = tensor.reshape(-1, *tensor.shape[-2:]) if as_stack else tensor.reshape(1, tensor.shape[0], -1)
@@ -90,10 +110,11 @@ def check_matrix_group(group: dict[str, Any]) -> None:
         group["start"],
     )
     for p in group["params"]:
-        if split(p.detach(), group)[0].data_ptr() != p.data_ptr():
-            raise ConfigError(
-                f"a parameter of shape {tuple(p.shape)} is not contiguous: make it so with .contiguous()"
-            )
+        if not all(shares_memory(block, p) for block in split(p.detach(), group)):
+            problem = "cannot be cut into its matrices as it is sharded: shard it otherwise, or not at all"
+            if not is_sharded(p):
+                problem = "is not contiguous: make it so with .contiguous()"
+            raise ConfigError(f"a parameter of shape {tuple(p.shape)} {problem}")
 
 
 def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
@@ -101,7 +122,11 @@ def orthogonalize_all(matrices: Sequence[Tensor], group: Mapping[str, Any]) -> l
 
     The result equals the one-by-one one. On a CPU, where batching torch's products gains nothing, all go into one
     compiled call or one after another; elsewhere equal shapes (after turning tall matrices) share a batched call.
+    Sharded matrices are gathered, and every process keeps its part of the result.
     """
+    if any(is_sharded(m) for m in matrices):
+        found = orthogonalize_all([whole(m) for m in matrices], group)
+        return [spread_like(o, m) for o, m in zip(found, matrices, strict=True)]
     chosen, dtype = coefficient_set(group["coefficients"]), iteration_dtype(group["iteration_dtype"])
     orth = partial(
         orthogonalize,
@@ -143,7 +168,10 @@ def apply_update(p: Tensor, update: Tensor, *, step: float, decay: float, cautio
     wide = p.to(state_dtype(p))  # p itself unless it is narrower
     update = update.to(wide.dtype)
     if decay:
-        wide.mul_(1 - decay * (update * wide >= 0)) if cautious else wide.mul_(1 - decay)
+        if cautious:
+            wide.mul_((update * wide >= 0).to(wide.dtype).mul_(-decay).add_(1))
+        else:
+            wide.mul_(1 - decay)
     wide.add_(update, alpha=-step)
     if wide is not p:
         p.copy_(wide)

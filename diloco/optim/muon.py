@@ -12,11 +12,14 @@ from diloco.kernels.orthogonal_cpu import Update
 from diloco.optim.coefficients import Coefficients
 from diloco.optim.compiled import compiled_update
 from diloco.optim.matrices import (
+    EXACT,
     apply_update,
     check_matrix_group,
+    check_scale,
     orthogonalize_all,
     shape_scale,
     split,
+    with_exact_rms,
 )
 from diloco.optim.orthogonalize import Form, Start
 from diloco.optim.state import (
@@ -28,6 +31,7 @@ from diloco.optim.state import (
     evaluate,
     gradient,
     restore_exactly,
+    state_dtype,
     zeros_like_state,
 )
 
@@ -37,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     State: `momentum`, float32, of p's shape. The project's default is `match_rms` with you5, which shares one
     lr and weight decay with AdamW (arXiv 2502.16982); the original is ``scale="original", coefficients="quintic5",
-    lr=0.02``. Parameters whose gradient is None are skipped; `p.grad` is never written.
+    lr=0.02``; ``scale="rms_exact"`` gives every matrix an update of RMS exactly 0.2 lr. Parameters whose gradient is None are skipped; `p.grad` is never written.
 
     Every keyword is also a group option. `stacked` and `blocks` say which matrices a parameter holds (see
     `matrices`); fused blocks are updated exactly as separate parameters would be. `cautious` decays only entries
@@ -52,14 +56,14 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Params,
         lr: float = 1e-3,
-        *,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.1,
         scale: str = "match_rms",
-        cautious: bool = False,
         coefficients: Coefficients = "you5",
         iteration_dtype: torch.dtype | str = torch.bfloat16,
+        *,
+        cautious: bool = False,
         orth_eps: float = 1e-7,
         form: Form = "auto",
         start: Start = "frobenius",
@@ -90,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group, self.defaults, "Muon")
-        shape_scale(group["scale"], 1, 1)
+        check_scale(group["scale"])
         check_matrix_group(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -107,7 +111,9 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             lr = float(group["lr"])
-            params = self._compiled(params, group, lr)
+            exact = group["scale"] == EXACT
+            if not exact:
+                params = self._compiled(params, group, lr)
             if not params:
                 continue
             updates = momentum_updates(self, params, group)
@@ -118,8 +124,8 @@ class Muon(torch.optim.Optimizer):
             ):
                 apply_update(
                     p,
-                    o,
-                    step=lr * shape_scale(group["scale"], *p.shape[1:]),
+                    with_exact_rms(o.to(state_dtype(p))) if exact else o,
+                    step=lr if exact else lr * shape_scale(group["scale"], *p.shape[1:]),
                     decay=lr * group["weight_decay"],
                     cautious=group["cautious"],
                 )

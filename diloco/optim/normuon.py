@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,16 @@ from torch import Tensor
 from diloco.errors import ConfigError, nearest
 from diloco.optim.coefficients import Coefficients
 from diloco.optim.compiled import compiled_update
-from diloco.optim.matrices import apply_update, check_matrix_group, orthogonalize_all, shape_scale, split
+from diloco.optim.matrices import (
+    EXACT,
+    apply_update,
+    check_matrix_group,
+    check_scale,
+    orthogonalize_all,
+    shape_scale,
+    split,
+    with_exact_rms,
+)
 from diloco.optim.muon import fused_options, momentum_updates
 from diloco.optim.orthogonalize import Form, Start
 from diloco.optim.state import (
@@ -109,8 +117,7 @@ class NorMuon(torch.optim.Optimizer):
         check_group(group, self.defaults, "NorMuon")
         if group["variant"] not in _VARIANTS:
             raise ConfigError(f"NorMuon: variant is {group['variant']!r}: known are {', '.join(_VARIANTS)}")
-        if group["scale"] != "rms_exact":
-            shape_scale(group["scale"], 1, 1)
+        check_scale(group["scale"])
         check_matrix_group(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -145,7 +152,7 @@ class NorMuon(torch.optim.Optimizer):
         return loss
 
     def _compiled(self, params: list[Tensor], group: ParamGroup, lr: float, decay: float) -> list[Tensor]:
-        exact = group["scale"] == "rms_exact"
+        exact = group["scale"] == EXACT
         how = fused_options(
             group,
             decay=decay,
@@ -176,9 +183,9 @@ def divide_by_rms(O: Tensor, state: dict[str, Any], key: str, group: Mapping[str
 def _restored(O: Tensor, scaled: Tensor, group: Mapping[str, Any]) -> Tensor:
     """`scaled` with the norm of O times the shape factor, or with RMS 0.2."""
     eps = float(group["eps"])
+    if group["scale"] == EXACT:
+        return with_exact_rms(scaled, eps)
     rows, columns = O.shape[-2:]
     norm: Tensor = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) + eps
-    if group["scale"] == "rms_exact":
-        return scaled * (0.2 * math.sqrt(rows * columns) / norm)
     target: Tensor = torch.linalg.vector_norm(O, dim=(-2, -1), keepdim=True)
     return scaled * (target * shape_scale(group["scale"], rows, columns) / norm)

@@ -16,6 +16,7 @@ from torch import Tensor
 from diloco.errors import ConfigError, nearest
 from diloco.kernels import orthogonal_cpu
 from diloco.optim.coefficients import Coefficients, CoefficientSet, Triple, coefficient_set
+from diloco.optim.sharded import is_sharded, spread_like, whole
 
 Form = Literal["plain", "gram", "auto"]
 Start = Literal["frobenius", "aol"]
@@ -38,7 +39,8 @@ def orthogonalize(
     """orth(G): X = G/(div ||G|| + eps), then per triple A = X X^T, X = a X + (b A + c A A) X.
 
     Args:
-        G: ``[..., r, c]``, floating point; leading dimensions are a batch. Never modified.
+        G: ``[..., r, c]``, floating point; leading dimensions are a batch. Never modified. A DTensor is gathered, and
+            the result has its placements.
         coefficients: a set's name or a list of (a, b, c), whose div is 1. Default you5 (turbo4 with the AOL start).
         dtype: of the iteration and the result. The norm is taken in float32 (float64 when `dtype` is float64).
         eps: added to the norm; the floor of the row sums in the AOL start.
@@ -65,6 +67,9 @@ def orthogonalize(
         raise ConfigError(
             f"G is a {G.dtype} tensor of shape {tuple(G.shape)}: give floating-point matrices [..., r, c]"
         )
+    if is_sharded(G):
+        full = orthogonalize(whole(G), coefficients, dtype=dtype, eps=eps, form=form, start=start)
+        return spread_like(full, G)
     rows, columns = G.shape[-2:]
     if G.numel() == 0:
         return torch.zeros_like(G, dtype=dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from diloco.errors import ConfigError, NonFiniteError
+from diloco.optim.sharded import locals_of, whole
 from diloco.optim.state import (
     Closure,
     EvalModeError,
@@ -105,6 +107,9 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             },
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "l1_decay": self.l1_decay, "all_reduce": self.all_reduce}
+
     @property
     def training(self) -> bool:
         """Whether the parameters hold y."""
@@ -190,10 +195,10 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         for (_, ps), b in zip(active, betas, strict=True):
             for p in ps:
                 g = gradient(p)
-                l1.append(torch.linalg.vector_norm(g, 1))
+                l1.append(whole(torch.linalg.vector_norm(g, 1)))
                 if "z" in self.state[p]:  # z - x is (z - y)/b with the b that made this y
                     z_y = self.state[p]["z"] - p
-                    inner.append((b / self.state[p]["beta"]) * z_y.mul_(g).sum())
+                    inner.append((b / self.state[p]["beta"]) * whole(z_y.mul_(g).sum()))
         zero = torch.zeros((), dtype=dtype, device=device)
         sums = [torch.stack([s.to(zero) for s in (zero, *part)]).sum() for part in (inner, l1)]
         totals = torch.stack([torch.as_tensor(value, dtype=dtype, device=device).detach(), *sums])
@@ -226,8 +231,9 @@ class ScheduleFreePlus(torch.optim.Optimizer):
             weight = t ** group["r"] * lr_max ** group["weight_lr_power"]
             weight_sum += weight
             c = weight / weight_sum if weight_sum else 1.0  # no weight: no step was taken, x = z
-        y, grads = working_copies(params), [gradient(p) for p in params]
-        z, m, v = ([self.state[p][key] for p in params] for key in ("z", "exp_avg", "exp_avg_sq"))
+        work = working_copies(params)
+        y, grads = locals_of(work), locals_of([gradient(p) for p in params])
+        z, m, v = (locals_of([self.state[p][key] for p in params]) for key in ("z", "exp_avg", "exp_avg_sq"))
 
         x = torch._foreach_lerp(y, z, 1 - 1 / b_before)
         if group["weight_decay"]:
@@ -242,7 +248,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         torch._foreach_lerp_(x, z, c)
         torch._foreach_lerp_(x, z, 1 - b)
         torch._foreach_copy_(y, x)
-        write_back(params, y)
+        write_back(params, work)
         for p in params:
             self.state[p].update(step=t, weight_sum=weight_sum, lr_max=lr_max, beta=b)
 

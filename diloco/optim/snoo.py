@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
+from diloco.optim.sharded import locals_of
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, params_in_order, state_dtype
-from diloco.optim.wrapping import add_entries, batches, param_entries, take_entries
+from diloco.optim.wrapping import add_entries, batches, own_state, param_entries, take_entries
+
+# What a copy of the optimizer takes along, beside torch's own.
+_OWN = (
+    "optimizer",
+    "k",
+    "outer_lr",
+    "outer_momentum",
+    "offload",
+    "inner_steps",
+    "slow",
+    "buffer",
+    "fast",
+    "_seen",
+    "training",
+)
 
 
 class SNOO(torch.optim.Optimizer):
@@ -39,8 +56,10 @@ class SNOO(torch.optim.Optimizer):
         momentum: float = 0.9,
         offload: bool = False,
     ) -> None:
-        if k < 1:
-            raise ConfigError(f"SNOO: k is {k}: give the number of inner steps per outer step, 1 or more")
+        if k < 1 or k != int(k):
+            raise ConfigError(
+                f"SNOO: k is {k}: give the number of inner steps per outer step, a whole number of 1 or more"
+            )
         if not lr >= 0:
             raise ConfigError(f"SNOO: lr is {lr}: give the outer learning rate, 0 or more (0.7 is usual)")
         if not 0 <= momentum < 1:
@@ -59,6 +78,9 @@ class SNOO(torch.optim.Optimizer):
         self.training = True
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return own_state(super().__getstate__(), self, _OWN)
 
     def _share(self) -> None:
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
@@ -88,7 +110,8 @@ class SNOO(torch.optim.Optimizer):
         if not self.training:
             raise EvalModeError("SNOO.outer_step() in eval mode: call train() first")
         for ps in batches(self.slow):
-            thetas, buffers = [self.slow[p] for p in ps], [self.buffer[p] for p in ps]
+            thetas, buffers = (locals_of([kept[p] for p in ps]) for kept in (self.slow, self.buffer))
+            ps = locals_of(ps)
             D = torch._foreach_sub(thetas, _beside(ps, thetas))
             torch._foreach_mul_(buffers, self.outer_momentum)
             torch._foreach_add_(buffers, D)

@@ -5,6 +5,7 @@ No update rule lives here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ Closure = Callable[[], float]
 ParamGroup = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[ParamGroup] | Iterable[tuple[str, Tensor]]
 StateDict = dict[str, Any]
+_NOT_NEGATIVE = ("lr", "weight_decay", "eps", "gain_lr", "gamma", "delta", "wd_ratio", "rho")
 
 
 class EvalModeError(DilocoError, RuntimeError):
@@ -68,15 +70,15 @@ def restore_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
 
 
 def check_group(group: Mapping[str, Any], known: Iterable[str], owner: str) -> None:
-    """Refuse unknown options, negative lr, decay or eps, and momenta and betas outside [0, 1)."""
+    """Refuse unknown options, negative or infinite rates and factors, and momenta and betas outside [0, 1)."""
     names = {*known, "params", "param_names", "lr", "initial_lr", "name", "why", "normalized"}
     for key in group:
         if key not in names:
             raise ConfigError(f"{owner} has no option {key!r}{nearest(key, names)}")
-    for key in ("lr", "weight_decay", "eps"):
+    for key in _NOT_NEGATIVE:
         value = group.get(key)
-        if value is not None and not float(value) >= 0:
-            raise ConfigError(f"{owner}: {key} is {value}: give 0 or more")
+        if value is not None and not 0 <= float(value) < math.inf:
+            raise ConfigError(f"{owner}: {key} is {value}: give 0 or more, below infinity")
     for key in ("momentum", "beta2"):
         value = group.get(key)
         if value is not None and not 0 <= value < 1:

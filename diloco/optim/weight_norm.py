@@ -11,6 +11,7 @@ from torch import Tensor
 from diloco.errors import ConfigError, nearest
 from diloco.optim.matrices import split
 from diloco.optim.state import Closure, ParamGroup, StateDict, params_in_order, restore_exactly, state_dtype
+from diloco.optim.wrapping import own_state
 
 
 class RowNorm(torch.optim.Optimizer):
@@ -54,6 +55,9 @@ class RowNorm(torch.optim.Optimizer):
                     f"RowNorm: weights of shape {tuple(view.shape[-2:])} have a row of norm 0: initialise them first"
                 )
             _project(view)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return own_state(super().__getstate__(), self, ("optimizer", "_chosen"))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group to the inner optimizer; its matrices are normalised if it is named or marked so."""

@@ -38,6 +38,13 @@ def batches(params: Iterable[Tensor], limit: int = BATCH) -> Iterator[list[Tenso
         yield taken
 
 
+def own_state(
+    inherited: Mapping[str, Any], wrapper: torch.optim.Optimizer, names: Iterable[str]
+) -> dict[str, Any]:
+    """For ``__getstate__``, so that copies and pickles of an optimizer are whole: torch's part and these attributes."""
+    return {**inherited, **{name: getattr(wrapper, name) for name in names}}
+
+
 def add_entries(
     inner: torch.optim.Optimizer,
     per_param: Mapping[str, Mapping[Tensor, Tensor]],

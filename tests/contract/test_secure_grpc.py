@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -520,6 +521,24 @@ def test_sessions_that_say_nothing_give_way_to_those_who_come() -> None:
         return told
 
     assert asyncio.run(story()) == ["first", "second", "other", "third"]
+
+
+def test_many_who_ask_for_the_status_at_once_share_an_answer(closing: ExitStack) -> None:
+    """Of twenty questions within the second that an answer takes hardly any costs another one."""
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def status() -> dict[str, Any]:
+        asked.put(1)
+        threading.Event().wait(1.0)
+        return {"commits": 3}
+
+    server = GrpcServer(lambda event: None, status)
+    channel = closing.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.start()}"))
+    closing.callback(server.close)
+    stub: Any = services.CoordinatorServiceStub(channel)
+    calls = [stub.GetStatus.future(pb.GetStatusRequest(), timeout=WAIT_S) for _ in range(20)]
+    assert {json.loads(call.result().json)["commits"] for call in calls} == {3}
+    assert asked.qsize() <= 3
 
 
 def test_an_announced_length_beyond_the_models_is_refused_at_once(closing: ExitStack, keys: Path) -> None:

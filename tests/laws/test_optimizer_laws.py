@@ -12,7 +12,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diloco.errors import ConfigError
-from diloco.optim import GPA, MARS, MD, SNOO, AdamP, Combined, Hyperball, Muon, NorMuon, Scion
+from diloco.optim import (
+    GPA,
+    MARS,
+    MD,
+    SNOO,
+    AdamP,
+    AnytimeAverage,
+    Combined,
+    Hyperball,
+    Muon,
+    Muown,
+    NorMuon,
+    RowNorm,
+    Scion,
+)
 
 Make = Callable[[list[Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -41,6 +55,9 @@ OPTIMIZERS: dict[str, Make] = {
     "snoo-combined": lambda ps: SNOO(
         Combined(Muon(ps[:2], lr=0.02), torch.optim.AdamW(ps[2:], lr=0.02)), k=2
     ),
+    "anytime-muon": lambda ps: AnytimeAverage(Muon(ps, lr=0.02)),
+    "row-norm": lambda ps: RowNorm(torch.optim.AdamW(ps, lr=0.02), ps[:2]),
+    "muown": lambda ps: Muown(ps, lr=0.02, total_steps=20),
     "snoo-muon": lambda ps: SNOO(Muon(ps, lr=0.02), k=2),
     "snoo-adamw": lambda ps: SNOO(torch.optim.AdamW(ps, lr=0.02), k=2),
     "gpa-normuon": lambda ps: GPA(NorMuon(ps, lr=0.02), mu_x=0.9),
@@ -134,6 +151,20 @@ def test_loading_does_not_share_tensors(make: Make) -> None:
     train(one, a, 3)
     train(reference, undisturbed, 3)
     assert same(a, undisturbed)
+
+
+@every
+def test_a_copy_continues_alone_bit_for_bit(make: Make) -> None:
+    """Parameters and optimizer copied together, as torch's own allow, go the same way and leave the original alone."""
+    ps = params()
+    optimizer = make(ps)
+    train(optimizer, ps, 3)
+    twins, twin = copy.deepcopy((ps, optimizer))
+    before = copies(ps)
+    train(twin, twins, 3)
+    assert same(ps, before) and not same(ps, twins)
+    train(optimizer, ps, 3)
+    assert same(ps, twins)
 
 
 @every

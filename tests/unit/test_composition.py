@@ -152,7 +152,7 @@ def test_averages_do_not_stack() -> None:
         ('kind = "muon"\nmatrix_lr = -1.0', r"optim\.matrix_lr = -1\.0"),
         ('kind = "md"\nradius = 0.0', r"optim\.radius is 0\.0: give 'init', 'shape' or a positive number"),
         ('kind = "md"\nradius = "innit"', r"optim\.radius is 'innit'"),
-        ('kind = "muon"\nscale = "rms_exact"', "of kind 'normuon': use 'match_rms'"),
+        ('kind = "kaon"\nscale = "rms_exact"', "of the kinds 'muon' and 'normuon': use 'match_rms'"),
         ('kind = "freon"\nq = 2.5', r"optim\.q = 2\.5"),
         ("weight_decay = -0.1", r"optim\.weight_decay = -0\.1"),
         ('kind = "schedule-free"', r"set schedule\.kind = 'constant'"),
@@ -225,7 +225,7 @@ NONZERO = ("Hyperball", "MD", "Muown")
 def test_every_class_refuses_a_negative_rate_and_unknown_options(name: str) -> None:
     """When it is made, and when a group is added; the nearest option is suggested."""
     make = CLASSES[name]
-    for wrong in (-0.1, float("nan")):
+    for wrong in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=f"lr is {wrong}"):
             make([matrix(2, 3)], lr=wrong)
     with pytest.raises(ConfigError, match="has no option 'lrr'; did you mean 'lr'"):
@@ -257,6 +257,24 @@ def test_matrix_optimizers_refuse_vectors(name: str, shape: tuple[int, ...]) -> 
     """Fewer than two dimensions hold no matrix: the error says whom they belong to."""
     with pytest.raises(ConfigError, match="give vectors and scalars to AdamW"):
         CLASSES[name]([Parameter(torch.ones(shape))])
+
+
+@pytest.mark.parametrize("name", MATRICES_ONLY)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)])
+def test_matrix_optimizers_refuse_what_has_no_elements(name: str, shape: tuple[int, ...]) -> None:
+    """There is no direction to step in, and shape factors divide by a side."""
+    with pytest.raises(ConfigError, match="has no elements: leave it out"):
+        CLASSES[name]([Parameter(torch.ones(shape))])
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("MD", "gain_lr"), ("MARS", "gamma"), ("AdamP", "delta"), ("AdamP", "wd_ratio"), ("Scion", "rho")],
+)
+def test_negative_factors_are_refused(name: str, key: str) -> None:
+    """They would turn a step or a decay around without a word."""
+    with pytest.raises(ConfigError, match=f"{key} is -1.0: give 0 or more"):
+        CLASSES[name]([matrix(2, 3)], **{key: -1.0})
 
 
 @pytest.mark.parametrize("name", NONZERO)

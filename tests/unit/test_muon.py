@@ -117,6 +117,22 @@ def test_match_rms_gives_updates_of_rms_a_fifth(shape: tuple[int, int]) -> None:
     assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_muon_can_make_the_rms_exactly_a_fifth(dtype: torch.dtype) -> None:
+    """`rms_exact` is 0.2 sqrt(r c) O/||O|| per matrix, decay as ever; zero gradients give zero updates."""
+    p = Parameter(torch.full((3, 5, 8), 2.0))
+    optimizer = Muon([p], lr=0.5, scale="rms_exact", weight_decay=0.1, iteration_dtype=dtype)
+    p.grad = random(3, 5, 8).float()
+    p.grad[2] = 0.0
+    optimizer.step()
+    update = (2.0 * 0.95 - p.detach()) / 0.5
+    rms = update.square().mean(dim=(1, 2)).sqrt()
+    assert torch.allclose(rms, torch.tensor([0.2, 0.2, 0.0]), atol=1e-6)
+    direction = orthogonalize(random(3, 5, 8)[:1], dtype=dtype).float()
+    tolerance = 1e-5 if dtype == torch.float64 else 0.01
+    assert torch.allclose(update[:1], direction * 0.2 / direction.square().mean().sqrt(), atol=tolerance)
+
+
 def test_fused_blocks_equal_separate_parameters() -> None:
     """A fused [q; k; v] with `blocks` gets bit-equal updates to three parameters, equal or unequal blocks."""
     for kind in (Muon, NorMuon):
@@ -191,6 +207,15 @@ def test_decay_alone_shrinks_by_its_factor(cautious: bool) -> None:
             p.grad = torch.zeros(3, 5)
             optimizer.step()
         assert torch.allclose(p, expected)
+
+
+def test_cautious_decay_keeps_the_precision_of_float64() -> None:
+    """The factor 1 - lr wd is not rounded to float32 on the way."""
+    p = Parameter(torch.full((2, 3), 1.0, dtype=torch.float64))
+    optimizer = Muon([p], lr=1e-3, weight_decay=0.1, cautious=True, **FLOAT64)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert float((p.detach() - (1 - 1e-4)).abs().max()) < 1e-15
 
 
 def test_cautious_decay_spares_entries_that_grow() -> None:

@@ -230,6 +230,20 @@ def test_weights_before_a_norm_are_found() -> None:
     assert followed_by_norm(nn.Sequential(Attention())) == {"0.q_proj.weight", "0.k_proj.weight"}
 
 
+def test_weights_before_a_norm_are_found_unless_told_otherwise() -> None:
+    """Groups leave them without decay; so does a built AdamW, while Muon decays all its matrices."""
+    model = nn.Sequential(Attention(), nn.Linear(4, 4))
+    found = {
+        n: g["weight_decay"] for g in param_groups(model) for n in g["param_names"] if g["name"] == "matrix"
+    }
+    expected = {"0.q_proj.weight": 0.0, "0.k_proj.weight": 0.0, "0.v_proj.weight": 0.1, "1.weight": 0.1}
+    assert found == expected
+    assert {g["weight_decay"] for g in param_groups(model, normalized=()) if g["name"] == "matrix"} == {0.1}
+    for kind, decays in (("adamw", expected), ("muon", dict.fromkeys(expected, 0.1))):
+        rows = explain(model, {"kind": kind})
+        assert {r.name: r.weight_decay for r in rows if r.group == "matrix"} == decays
+
+
 def test_weights_before_a_norm_do_not_decay_under_adamw() -> None:
     """The default cure; the names may be given, found, or both."""
     model = nn.Sequential(Attention(), nn.Linear(4, 4))

@@ -189,6 +189,18 @@ def test_a_bfloat16_model_is_trained_in_float32(kind: str) -> None:
     assert len(low) == len(before) and any(bool(x.any()) for x in low)
 
 
+def test_float16_parameters_keep_float32_moments() -> None:
+    """eps = 1e-8 and small second moments do not exist in 16 bits."""
+    model = net().half()
+    built = build_optimizer(model, {"kind": "adamw"})
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-4)
+    built.step()
+    moments = {v.dtype for s in built.state.values() for k, v in s.items() if k != "step"}
+    assert moments == {torch.float32}
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_wrapper_goes_inside_the_master() -> None:
     """`wrap` sees the float32 optimizer, whatever the model's dtype."""
     for model in (net(), net().bfloat16()):

@@ -301,6 +301,19 @@ def test_a_compiled_step_counts_as_a_change_of_the_weights() -> None:
 
 
 @compiled_only
+def test_the_compiled_step_ignores_torchs_default_dtype() -> None:
+    """NorMuon's second moments are float32 whatever the default, as its other state."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float32))
+        optimizer = NorMuon([p])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in optimizer.state[p].values()} == {torch.float32}
+
+
 def test_wrong_tensors_are_refused() -> None:
     """Other dtypes, strides and shapes would be read as something else."""
     iteration, how = Iteration(((1.0, 0.0, 0.0),), torch.float32), Update(0.1, 1.0, True, False)

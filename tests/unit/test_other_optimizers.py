@@ -119,6 +119,24 @@ def test_mars_muon_is_muon_on_corrected_gradients() -> None:
     assert torch.allclose(p, q, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"blocks": [2, 4]}, {}], ids=["fused", "stacked"])
+def test_mars_muon_clips_each_matrix_on_its_own(options: dict[str, Any]) -> None:
+    """Fused and stacked matrices move as separate parameters would, though only one of them has a large gradient."""
+    shape, cut = ((6, 4), [2, 4]) if options else ((2, 3, 4), [1, 1])
+    p = Parameter(random(*shape, seed=9))
+    parts = [Parameter(x.clone().reshape(-1, 4)) for x in torch.split(p.detach(), cut)]
+    whole = MARS([p], lr=0.02, base="muon", **options, **EXACT)
+    separate = MARS(parts, lr=0.02, base="muon", **EXACT)
+    for t in range(4):
+        p.grad = random(*shape, seed=t) * 0.1
+        p.grad[: cut[0]] *= 100.0 * (t + 1)
+        for part, g in zip(parts, torch.split(p.grad, cut), strict=True):
+            part.grad = g.reshape(-1, 4).clone()
+        whole.step()
+        separate.step()
+    assert torch.allclose(p.detach().reshape(-1, 4), torch.cat([x.detach() for x in parts]), atol=1e-12)
+
+
 @pytest.mark.parametrize("base", ["adamw", "muon"])
 def test_mars_leaves_vectors_to_adamw(base: Any) -> None:
     """No correction on tensors of one dimension."""

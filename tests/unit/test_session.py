@@ -10,6 +10,7 @@ from torch import nn
 
 import diloco
 from diloco.errors import ConfigError
+from diloco.optim import Combined, Hyperball, ScheduleFreeAdamW
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -87,3 +88,32 @@ def test_global_parameters_are_lent_and_given_back() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     optimizer.close("interrupted")
+
+
+def test_weights_on_a_sphere_are_back_on_it_after_every_merge() -> None:
+    """An outer step leaves the sphere; what was merged is taken up by the inner optimizer."""
+    model = small()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    inner = Combined(Hyperball(matrices, lr=0.05), torch.optim.SGD(vectors, lr=0.1))
+    radii = [float(p.detach().norm()) for p in matrices]
+    config = {
+        "run": {"inner_steps_total": 10},
+        "stream": {"H": 5, "tau": 0, "alpha": 0.0},
+        "outer": {"kind": "sgd", "lr": 0.5},
+        "codec": {"up": "fp32", "down": "g_fp32"},
+    }
+    optimizer = diloco.DiLoCo(model, inner, diloco.local(config), worker="w0")
+    train(model, optimizer, 5)  # the last step merges
+    merged = [p.detach().clone() for p in matrices]
+    anchors = optimizer.replica.slots[0].shard
+    optimizer.close()
+    assert [float(p.norm()) for p in merged] == pytest.approx(radii, rel=1e-5)
+    assert anchors is not None and anchors.version == 1
+
+
+def test_an_optimizer_that_averages_itself_is_refused() -> None:
+    model = small()
+    inner = ScheduleFreeAdamW(model.parameters())
+    with pytest.raises(ConfigError, match="averages its weights itself"):
+        diloco.DiLoCo(model, inner, diloco.local({"run": {"inner_steps_total": 10}, "stream": {"H": 5}}))

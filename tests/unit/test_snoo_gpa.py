@@ -397,6 +397,7 @@ def test_a_parameter_without_gradient_is_left_alone(wrapper: str) -> None:
     ("make", "message"),
     [
         (lambda base: SNOO(base, k=0), "k is 0"),
+        (lambda base: SNOO(base, k=1.5), "k is 1.5"),  # type: ignore[arg-type]
         (lambda base: SNOO(base, lr=-0.1), "lr is -0.1"),
         (lambda base: SNOO(base, momentum=1.0), "momentum is 1.0"),
         (lambda base: GPA(base, mu_x=1.5), "mu_x is 1.5"),
