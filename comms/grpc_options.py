@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from diloco.comms.chunks import MAX_MESSAGE_BYTES
 
-__all__ = ["aio", "grpc", "health", "health_pb2", "health_pb2_grpc"]
+__all__ = ["aio", "grpc", "health_pb2", "health_pb2_grpc"]
 
 COORDINATOR_SERVICE = "diloco.v1.CoordinatorService"
 TRANSFER_SERVICE = "diloco.v1.TransferService"
@@ -92,3 +92,11 @@ def open_channel(
     if credentials is None:
         return aio.insecure_channel(address, options=[*CLIENT_OPTIONS, *options])
     return aio.secure_channel(address, credentials, options=[*CLIENT_OPTIONS, *options])
+
+
+async def add_health(server: aio.Server) -> None:
+    """Answer grpc.health.v1: this server and both of our services are serving."""
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    for service in ("", COORDINATOR_SERVICE, TRANSFER_SERVICE):
+        await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)

@@ -32,8 +32,8 @@ from diloco.comms.grpc_access import (
     host_of,
     refusals,
 )
-from diloco.comms.grpc_options import aio, grpc, health, health_pb2, health_pb2_grpc
-from diloco.comms.grpc_sessions import MAX_QUEUED, Counts, Session, read_message, write_messages
+from diloco.comms.grpc_options import aio, grpc
+from diloco.comms.grpc_sessions import Counts, Session, read_message, write_messages
 from diloco.comms.limits import Lobby, max_connections
 from diloco.comms.machine import Connected, Event, Lost, Received
 from diloco.comms.messages import Commit, FromCoordinator, Join, Leave, Refused, Snapshot, Welcome
@@ -176,10 +176,7 @@ class GrpcServer:
                 ),
             )
         )
-        healthy = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        for service in ("", options.COORDINATOR_SERVICE, options.TRANSFER_SERVICE):
-            await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await options.add_health(server)
         try:
             if self._keys is None:
                 port = server.add_insecure_port(self._listen)
@@ -213,13 +210,8 @@ class GrpcServer:
             self._server = None
 
     def _enqueue(self, to: str, raw: bytes) -> None:
-        session = self._sessions.get(to)
-        if session is None:
-            return
-        try:
-            session.queue.put_nowait(raw)
-        except asyncio.QueueFull:
-            session.end(f"{MAX_QUEUED} messages are waiting: the worker does not read")
+        if (session := self._sessions.get(to)) is not None:
+            session.put(raw)
 
     async def _watch(self) -> None:
         """Ends the sessions of certificates that have been revoked or have expired."""

@@ -32,6 +32,13 @@ class Session:
             self.why, self.code = why, code
             self.ended.set()
 
+    def put(self, raw: bytes) -> None:
+        """Queue a message to the worker; one that does not read is cut off."""
+        try:
+            self.queue.put_nowait(raw)
+        except asyncio.QueueFull:
+            self.end(f"{MAX_QUEUED} messages are waiting: the worker does not read")
+
     def check(self) -> None:
         """Raises NoSessionError once it is over: transfers end with their session."""
         if self.ended.is_set():

@@ -38,6 +38,7 @@ NAMED = re.compile(r"\[`([\w/]+\.py)`\]\(([^)]+)\)((?:,? `[A-Za-z_][\w.]*`)+)")
 DOWNLINKS = {"async": "g_fp32"}  # what a value needs beside it
 USED_BY_OPTIMIZERS = {*_ALWAYS, *(key for keys in _USES.values() for key in keys)}
 
+
 def blocks(text: str, language: str) -> list[str]:
     return [body for kind, body in FENCE.findall(text) if kind == language]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diloco.errors import ConfigError, nearest
+from diloco.optim.sharded import is_sharded
 from diloco.optim.state import Closure, ParamGroup, StateDict, evaluate
 from diloco.optim.wrapping import add_entries, param_entries, take_entries
 
@@ -50,7 +51,8 @@ class Master(torch.optim.Optimizer):
         params: parameters, or groups with options, as torch takes them.
 
     Raises:
-        ConfigError: unknown mode, a float16 parameter (whose upper half float32 does not have), no parameters.
+        ConfigError: unknown mode, a float16 parameter (whose upper half float32 does not have), a sharded one, no
+            parameters.
     """
 
     # Present only when the optimizer inside has them.
@@ -91,6 +93,11 @@ class Master(torch.optim.Optimizer):
             )
         if p.dtype != torch.bfloat16:
             return p
+        if is_sharded(p):
+            raise ConfigError(
+                f"Master: a parameter of shape {tuple(p.shape)} is sharded: give FSDP float32 parameters and its mixed "
+                "precision policy instead, which computes in bfloat16"
+            )
         w = Parameter(p.detach().to(torch.float32, copy=True), requires_grad=p.requires_grad)
         self.kept[w] = _low(w) if self.mode == "remainder" else w
         return w

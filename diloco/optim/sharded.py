@@ -19,7 +19,10 @@ def is_sharded(t: Tensor) -> bool:
 
 def whole(t: Tensor) -> Tensor:
     """All of `t` as an ordinary tensor, on every process (a collective operation); ordinary tensors as they are."""
-    full: Tensor = t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
+    if not is_sharded(t):
+        return t
+    sharded: Any = t
+    full: Tensor = sharded.full_tensor()
     return full
 
 
@@ -39,7 +42,10 @@ def spread_like(full: Tensor, t: Tensor) -> Tensor:
 
 def local(t: Tensor) -> Tensor:
     """This process's part of `t`, sharing its memory; ordinary tensors as they are."""
-    own: Tensor = t.to_local() if is_sharded(t) else t  # type: ignore[operator]
+    if not is_sharded(t):
+        return t
+    sharded: Any = t
+    own: Tensor = sharded.to_local()
     return own
 
 

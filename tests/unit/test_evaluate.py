@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,6 @@ def test_training_goes_on_after_an_evaluation_in_the_middle() -> None:
 )
 def test_an_evaluation_of_nothing_is_refused(sizes: dict[str, int], message: str) -> None:
     """A held-out part shorter than one window, or no batches, is an error rather than a NaN."""
-    arguments = {"sequence_length": 16, "batch_size": 4, "max_batches": 1, **sizes}
+    arguments: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "max_batches": 1, **sizes}
     with pytest.raises(ConfigError, match=message):
         evaluate(Spy(), corpus(some_bytes(100)), device="cpu", **arguments)

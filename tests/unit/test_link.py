@@ -44,12 +44,15 @@ def echo() -> Iterator[int]:
     loop.close()
 
 
+def send_all(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+
+
 def exchange(port: int, data: bytes) -> tuple[bytes, float]:
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
-        threading.Thread(
-            target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)), daemon=True
-        ).start()
+        threading.Thread(target=send_all, args=(sock, data), daemon=True).start()
         got = b""
         while part := sock.recv(1 << 16):
             got += part
