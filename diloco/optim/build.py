@@ -24,6 +24,7 @@ from diloco.optim.hyperball import Hyperball
 from diloco.optim.kaon import Kaon
 from diloco.optim.mars import MARS
 from diloco.optim.master import Master
+from diloco.optim.matrices import split
 from diloco.optim.md import MD
 from diloco.optim.muon import Muon
 from diloco.optim.muown import Muown
@@ -104,8 +105,10 @@ def build_optimizer(
             kind cannot train.
     """
     section, steps = _section(config)
-    if section.kind in ("md", "md-adam"):
-        _scale_embeddings(model)
+    _check_embeddings(model, section)
+    if section.kind in ("md", "md-adam") and (d_model := width(model)):
+        # Rows of norm 1 make activations of rms 1/sqrt(d_model), which the forward has to undo.
+        bare(model).embed_scale = math.sqrt(d_model)  # type: ignore[assignment]
     members = plan(model, section, total_steps=total_steps or section.total_steps or steps)
 
     def make(groups: list[ParamGroup]) -> torch.optim.Optimizer:
@@ -139,9 +142,13 @@ def explain(
 ) -> list[Row]:
     """What `build_optimizer` would do with every trainable parameter, in model order. Works on the meta device."""
     section, steps = _section(config)
+    _check_embeddings(model, section)
     rows: dict[str, Row] = {}
     for member in plan(model, section, total_steps=total_steps or section.total_steps or steps):
         for group in member.groups:
+            if "blocks" in group:
+                for p in group["params"]:
+                    split(p.detach(), group)  # refuses blocks that do not fit, as the optimizer would
             for name, p, why in zip(group["param_names"], group["params"], group["why"], strict=True):
                 decay = group.get("weight_decay", 0.0)
                 layout = group.get("blocks", 1)
@@ -312,17 +319,14 @@ def _md(
     return [first, _adamw(scalars, section)] if scalars else [first]
 
 
-def _scale_embeddings(model: nn.Module) -> None:
-    """Rows of norm 1 make activations of rms 1/sqrt(d_model), which the forward has to undo."""
-    own, d_model = bare(model), width(model)
-    if d_model is None:
-        return
-    if not hasattr(own, "embed_scale"):
+def _check_embeddings(model: nn.Module, section: Optim) -> None:
+    own = bare(model)
+    spheres = section.kind in ("md", "md-adam") and width(model) is not None
+    if spheres and not hasattr(own, "embed_scale"):
         raise ConfigError(
             f"optim.kind 'md' keeps embedding rows at norm 1, so that {type(own).__name__} must multiply the embedding "
             "by sqrt(d_model): give it an attribute embed_scale = 1.0 that its forward multiplies by"
         )
-    own.embed_scale = math.sqrt(d_model)  # type: ignore[assignment]
 
 
 def _section(config: Mapping[str, Any] | Section) -> tuple[Optim, int | None]:

@@ -40,14 +40,15 @@ def compiled_update(
         return list(params)
     done, rest, targets = [], [], []
     for p in params:
-        if not _plain(p) or p.grad is None or not _plain(p.grad):
+        state = optimizer.state[p]
+        grad = p.grad
+        if grad is None or not all(_plain(t) for t in (p, grad, *state.values())):
             rest.append(p)
             continue
         done.append(p)
-        state = optimizer.state[p]
         if "momentum" not in state:
             state["momentum"] = zeros_like_state(p)
-        weights, gradients, momenta = (split(t, group) for t in (p.detach(), p.grad, state["momentum"]))
+        weights, gradients, momenta = (split(t, group) for t in (p.detach(), grad, state["momentum"]))
         for k, (w, g, m) in enumerate(zip(weights, gradients, momenta, strict=True)):
             r, c = w.shape[1:]
             second = None

@@ -314,6 +314,21 @@ def test_the_compiled_step_ignores_torchs_default_dtype() -> None:
     assert {v.dtype for v in optimizer.state[p].values()} == {torch.float32}
 
 
+def test_state_that_lies_otherwise_in_memory_is_still_advanced() -> None:
+    """A loaded momentum need not be contiguous: the step then takes the other path, to the same weights."""
+    torch.manual_seed(0)
+    weights, moment, g = torch.randn(3, 6, 8).unbind()
+    ps = [torch.nn.Parameter(weights.clone()) for _ in range(2)]
+    optimizers = [Muon([p], iteration_dtype=torch.float32) for p in ps]
+    layouts = [moment.clone(), moment.t().contiguous().t()]
+    for optimizer, p, layout in zip(optimizers, ps, layouts, strict=True):
+        optimizer.state[p]["momentum"] = layout
+        p.grad = g.clone()
+        optimizer.step()
+    assert torch.allclose(layouts[0], layouts[1]) and not torch.allclose(layouts[1], moment)
+    assert torch.allclose(ps[0], ps[1], atol=1e-6)
+
+
 def test_wrong_tensors_are_refused() -> None:
     """Other dtypes, strides and shapes would be read as something else."""
     iteration, how = Iteration(((1.0, 0.0, 0.0),), torch.float32), Update(0.1, 1.0, True, False)

@@ -10,6 +10,7 @@ from torch import nn
 
 from diloco.cli import main
 from diloco.config import RunConfig
+from diloco.errors import ConfigError
 from diloco.optim.build import explain
 from diloco.params import model_of, totals
 from diloco.worker.model import build_model
@@ -97,6 +98,7 @@ def test_a_users_own_model_is_explained(capsys: pytest.CaptureFixture[str], tmp_
         (["--optim.kind", "mouon"], "did you mean 'muon'"),
         (["--optim.kind", "sgd", "--optim.betas", "[0.9, 0.9]"], "optim.betas is not used"),
         (["--model.preset", "moe-tny"], "did you mean 'moe-tiny'"),
+        (["--optim.blocks", "{qkv = 7}"], "blocks is 7: it does not divide the 384 rows"),
     ],
 )
 def test_a_wrong_configuration_is_exit_code_2(
@@ -105,3 +107,12 @@ def test_a_wrong_configuration_is_exit_code_2(
     """With the same words as training would use."""
     assert main(["params", run_file, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_md_cannot_train_is_refused_here_too() -> None:
+    """Its forward does not scale the embedding; the table changes no model that does."""
+    with pytest.raises(ConfigError, match="give it an attribute embed_scale"):
+        explain(odd_model(), {"kind": "md"})
+    model = build_model("nano", 8, seed=0)
+    explain(model, {"kind": "md"})
+    assert model.embed_scale == 1.0
