@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+STYLES = {"none": "-", "snoo": "--", "gpa": ":"}
+ORDER = ["adamw", "muon", "normuon", "md-muon", "md-adam", "schedule-free", "schedule-free-plus"]
 
 
 def final(row: Row) -> float:
@@ -62,6 +64,7 @@ def main_table(rows: list[Row], name: str) -> tuple[list[str], list[Row]]:
     chosen = [r for r in rows if r["experiment"] == name]
     if not chosen:
         return [], []
+    chosen.sort(key=lambda r: (ORDER.index(r["method"]), list(STYLES).index(r["outer"])))
     methods = grouped(chosen, lambda r: (r["method"], r["outer"]))
     _, reference, _ = best(methods["adamw", "none"])
     # The same short evaluation as along the curves, so that AdamW itself needs exactly all its steps.
@@ -136,7 +139,6 @@ def plot(rows: list[Row], path: Path) -> None:
 
     names = [n for n in ("main-tiny", "main-small") if any(r["experiment"] == n for r in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.6), squeeze=False)
-    styles = {"none": "-", "snoo": "--", "gpa": ":"}
     for panel, name in zip(axes[0], names, strict=True):
         methods = grouped((r for r in rows if r["experiment"] == name), lambda r: (r["method"], r["outer"]))
         inner = list(dict.fromkeys(m for m, _ in methods))
@@ -145,7 +147,7 @@ def plot(rows: list[Row], path: Path) -> None:
             points = [(r, loss) for r, loss in grid.items() if math.isfinite(loss)]
             panel.plot(
                 *zip(*points, strict=True),
-                styles[outer],
+                STYLES[outer],
                 marker="o",
                 markersize=3,
                 linewidth=1.3,
