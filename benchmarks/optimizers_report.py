@@ -141,7 +141,6 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.6), squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):
         methods = grouped((r for r in rows if r["experiment"] == name), lambda r: (r["method"], r["outer"]))
-        inner = list(dict.fromkeys(m for m, _ in methods))
         for (method, outer), runs in methods.items():
             _, _, grid = best(runs)
             points = [(r, loss) for r, loss in grid.items() if math.isfinite(loss)]
@@ -151,10 +150,11 @@ def plot(rows: list[Row], path: Path) -> None:
                 marker="o",
                 markersize=3,
                 linewidth=1.3,
-                color=f"C{inner.index(method)}",
+                color=f"C{ORDER.index(method)}",
                 label=method if outer == "none" else f"{method} + {outer}",
             )
         panel.set_xscale("log")
+        panel.set_xlim(3e-4, 0.1)
         panel.set_xlabel("learning rate")
         panel.set_ylabel("final held-out loss, nats/byte")
         shown = [final(r) for r in rows if r["experiment"] == name and math.isfinite(final(r))]
