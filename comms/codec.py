@@ -7,6 +7,7 @@ is in `diloco.comms.feedback`. A codec is a small frozen value: equal settings c
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -73,7 +74,7 @@ class Codec(Protocol):
         ...
 
 
-class _OnKernels:
+class _OnKernels(ABC):
     """What is the same for all codecs once a payload is known to be sound (`_checked`)."""
 
     __slots__ = ()
@@ -115,13 +116,13 @@ class _OnKernels:
             )
         return to_bytes(made.payload)
 
+    @abstractmethod
     def _options(self) -> dict[str, Any]:
         """The codec as `ops` takes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _checked(self, payload: Payload, n: int) -> Tensor:
         """The bytes of `payload` (uint8, not copied) after every check, or CorruptDataError."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from diloco.comms import loop, tls, tls_probe
 from diloco.comms.chunks import CHUNK_BYTES, MAX_CHUNK_BYTES
 from diloco.comms.convert import coordinator_from_proto, coordinator_refs, parse, worker_to_proto
 from diloco.comms.grpc_options import aio, grpc
-from diloco.comms.grpc_transfers import Link, Transfers, backoff_s, is_cancelled
+from diloco.comms.grpc_transfers import Lane, Transfers, backoff_s, is_cancelled
 from diloco.comms.machine import COORDINATOR, Connected, Event, Lost, Received
 from diloco.comms.messages import (
     Contribution,
@@ -153,7 +153,7 @@ class GrpcConnection:
         """One session, from dialling to its end. Whether the coordinator let us open it."""
         self._renew()
         control = self._channel(address)
-        link: Link | None = None
+        link: Lane | None = None
         writer: asyncio.Task[None] | None = None
         connected = False
         call: aio.StreamStreamCall[bytes, bytes] = control.stream_stream(options.SESSION)()
@@ -172,7 +172,7 @@ class GrpcConnection:
                 response = parse(pb.SessionResponse, raw)
                 if response.WhichOneof("response") == "opened":
                     data = [self._channel(address) for _ in range(self._channels)]
-                    link = Link(response.opened.session, control, data)
+                    link = Lane(response.opened.session, control, data)
                     self._transfers.attach(link)
                 else:
                     self._dispatch(response.message)

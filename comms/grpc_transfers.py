@@ -1,6 +1,6 @@
 """A worker's uploads and downloads: in the background, in chunks, again and again until they are through.
 
-Lives on the shared loop; not thread-safe. A `Link` is what one session gives to transfers; they outlive it and
+Lives on the shared loop; not thread-safe. A `Lane` is what one session gives to transfers; they outlive it and
 go on with the next one.
 """
 
@@ -46,7 +46,7 @@ class _FailedError(DilocoError):
 
 
 @dataclass(slots=True, eq=False)
-class Link:
+class Lane:
     """A live session's token and channels, and the calls that must end before these close."""
 
     token: bytes = field(repr=False)
@@ -76,17 +76,17 @@ class Transfers:
         self._chunk_bytes = chunk_bytes
         self._max_object_bytes = max_object_bytes
         self._stall_s = stall_s
-        self._link: Link | None = None
+        self._link: Lane | None = None
         self._attached = asyncio.Event()
         self._uploads: dict[str, asyncio.Task[None]] = {}
         self._downloads: dict[Ref, asyncio.Task[bytearray | None]] = {}
 
-    def attach(self, link: Link) -> None:
+    def attach(self, link: Lane) -> None:
         """Transfers use `link` from now on."""
         self._link = link
         self._attached.set()
 
-    async def detach(self, link: Link) -> None:
+    async def detach(self, link: Lane) -> None:
         """`link` is dead: end its calls, close its data channels."""
         if self._link is link:
             self._link = None
@@ -148,7 +148,7 @@ class Transfers:
             return None
         return receiving.finish(receiving.generation)
 
-    async def _persist(self, attempt: Callable[[Link], Awaitable[None]]) -> str | None:
+    async def _persist(self, attempt: Callable[[Lane], Awaitable[None]]) -> str | None:
         """Repeat `attempt`, each time with the live link; None when it succeeds, or why it never will."""
         failures = corrupt = 0
         while True:
@@ -175,7 +175,7 @@ class Transfers:
             await asyncio.sleep(backoff_s(failures))
             failures += 1
 
-    async def _try_upload(self, link: Link, ref: Ref, message: Contribution | Initial) -> None:
+    async def _try_upload(self, link: Lane, ref: Ref, message: Contribution | Initial) -> None:
         begin = pb.BeginUploadRequest(session=link.token, message=worker_to_proto(message, ref))
         raw = await _unary(link.control, options.BEGIN_UPLOAD, begin.SerializeToString())
         begun = parse(pb.BeginUploadResponse, raw)
@@ -186,7 +186,7 @@ class Transfers:
         commit = pb.CommitUploadRequest(session=link.token, key=ref.key, generation=begun.generation)
         await _unary(link.control, options.COMMIT_UPLOAD, commit.SerializeToString())
 
-    async def _feed(self, link: Link, channel: aio.Channel, opening: Chunk, chunks: Iterator[Chunk]) -> None:
+    async def _feed(self, link: Lane, channel: aio.Channel, opening: Chunk, chunks: Iterator[Chunk]) -> None:
         """One stream of an upload; with several, each takes the next chunk when it has room for it."""
         call: aio.StreamUnaryCall[bytes, bytes] = channel.stream_unary(options.UPLOAD)()
         async with _ending(link, call):
@@ -200,7 +200,7 @@ class Transfers:
                 await call.done_writing()
                 await call
 
-    async def _try_download(self, link: Link, receiving: Receiving) -> None:
+    async def _try_download(self, link: Lane, receiving: Receiving) -> None:
         ref = receiving.ref
         offset = receiving.begin(receiving.generation + 1)
         span = ref.length - offset
@@ -212,7 +212,7 @@ class Transfers:
         receiving.finish(receiving.generation)
 
     async def _fetch(
-        self, link: Link, channel: aio.Channel, receiving: Receiving, starts: Iterator[int], span: int
+        self, link: Lane, channel: aio.Channel, receiving: Receiving, starts: Iterator[int], span: int
     ) -> None:
         """One stream of a download; with several, each takes the next range when it has finished one."""
         generation = receiving.generation
@@ -255,7 +255,7 @@ async def _all(streams: list[Awaitable[None]]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _ending(link: Link, call: _Call) -> AsyncIterator[None]:
+async def _ending(link: Lane, call: _Call) -> AsyncIterator[None]:
     """Ends `call` on the way out, whatever happens, and turns every failure of it into _FailedError."""
     link.calls.add(call)
     try:

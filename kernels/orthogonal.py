@@ -50,58 +50,68 @@ def orthogonalize(
     # BLAS picks its order of summation by memory alignment: on a CPU only fresh copies of single matrices make a
     # result independent of its neighbours, and batching gains nothing there.
     parts = torch.split(X, 1) if X.device.type == "cpu" else (X,)
-    made = [_wide(part, triples, div, dtype, eps, gram and rows != columns, aol) for part in parts]
+    segments = segments_of(len(triples), gram and rows != columns)
+    made = [iterate(part, triples, segments, div, dtype, eps, aol) for part in parts]
     X = made[0] if len(made) == 1 else torch.cat(made)
     return (X.mT if tall else X).reshape(G.shape).contiguous()
 
 
-def _wide(
+def segments_of(iterations: int, gram: bool) -> tuple[int, ...]:
+    """How many iterations in turn are done on one Gram matrix before X is recomputed; all ones is the plain form."""
+    if not gram:
+        return (1,) * iterations
+    return (iterations,) if iterations <= _RESTART else (_RESTART, iterations - _RESTART)
+
+
+def iterate(
     X: Tensor,
     triples: Sequence[Sequence[float]],
+    segments: Sequence[int],
     div: float,
     dtype: torch.dtype,
     eps: float,
-    gram: bool,
     aol: bool,
 ) -> Tensor:
+    """Normalise wide matrices ``[N, n, m]`` (n <= m) and run `triples` on them, in `segments`; in `dtype`."""
     X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     # Only eps = 0 needs the floor: it turns 0/0 into 0.
     X = X / (div * norm + eps).clamp_min(torch.finfo(X.dtype).tiny)
-    R = None
-    if aol:
-        A = torch.bmm(X, X.mT)
-        floor = max(eps, torch.finfo(X.dtype).tiny)
-        scale = A.abs().sum(dim=-1, keepdim=True).clamp_min(floor).rsqrt() / div
-        X, R = X * scale, (A * scale * scale.mT).to(dtype)
-    X = X.to(dtype)
-    return _gram_form(X, R, triples) if gram else _plain_form(X, R, triples)
-
-
-def _plain_form(X: Tensor, A: Tensor | None, triples: Sequence[Sequence[float]]) -> Tensor:
-    for i, (a, b, c) in enumerate(triples):
-        if i or A is None:
-            A = torch.bmm(X, X.mT)
-        # One rounding per line: b A + c A A as separate operations doubles the error in 16 bits.
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+    X, gram = _aol(X, dtype, eps, div) if aol else (X.to(dtype), None)
+    done = 0
+    for length in segments:
+        R = torch.bmm(X, X.mT) if gram is None else gram
+        part = triples[done : done + length]
+        if length == 1:
+            a, b, c = part[0]
+            # One rounding per line: b A + c A A as separate operations doubles the error in 16 bits.
+            X = torch.baddbmm(X, torch.baddbmm(R, R, R, beta=b, alpha=c), X, beta=a)
+        else:
+            X = torch.bmm(_polynomial(R, part), X)
+        gram, done = None, done + length
     return X
 
 
-def _gram_form(X: Tensor, R: Tensor | None, triples: Sequence[Sequence[float]]) -> Tensor:
-    R = torch.bmm(X, X.mT) if R is None else R
+def _polynomial(R: Tensor, triples: Sequence[Sequence[float]]) -> Tensor:
+    """Q of X <- Q X for several iterations, from R = X X^T alone."""
     Q: Tensor | None = None
     for i, (a, b, c) in enumerate(triples):
-        if i == _RESTART and Q is not None:
-            X = torch.bmm(Q, X)
-            R, Q = torch.bmm(X, X.mT), None
         Z = torch.baddbmm(R, R, R, beta=b, alpha=c)
         if Q is None:
             Q = Z.clone()
             Q.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             Q = torch.baddbmm(Q, Q, Z, beta=a)
-        if i != len(triples) - 1 and i + 1 != _RESTART:
+        if i + 1 != len(triples):
             T = torch.baddbmm(R, R, Z, beta=a)
             R = torch.baddbmm(T, Z, T, beta=a)
-    return X if Q is None else torch.bmm(Q, X)
+    assert Q is not None
+    return Q
+
+
+def _aol(X: Tensor, dtype: torch.dtype, eps: float, div: float) -> tuple[Tensor, Tensor]:
+    """Scale row i by (sum_j |X X^T|_ij)^(-1/2); the scaled Gram matrix comes for free."""
+    A = torch.bmm(X, X.mT)
+    floor = max(eps, torch.finfo(X.dtype).tiny)
+    s = A.abs().sum(dim=-1, keepdim=True).clamp_min(floor).rsqrt() / div
+    return (X * s).to(dtype), (A * s * s.mT).to(dtype)

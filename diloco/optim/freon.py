@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
-from diloco.optim.matrices import apply_update, check_matrix_group, iteration_dtype, shape_scale, split
-from diloco.optim.muon import momentum_updates
+from diloco.optim.matrices import iteration_dtype
+from diloco.optim.research import check_research_group, step_group
 from diloco.optim.sharded import spread_like, whole
 from diloco.optim.state import (
     Closure,
@@ -25,13 +26,6 @@ from diloco.optim.state import (
 Method = Literal["gram", "svd"]
 _METHODS = ("gram", "svd")
 _DTYPES = (torch.float32, torch.float64)
-# `check_matrix_group` also checks the options of the orthogonalising iteration, which is not used here.
-NO_ITERATION: dict[str, Any] = {
-    "coefficients": "you5",
-    "orth_eps": 1e-7,
-    "form": "plain",
-    "start": "frobenius",
-}
 
 
 class Freon(torch.optim.Optimizer):
@@ -88,10 +82,7 @@ class Freon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group, self.defaults, "Freon")
-        shape_scale(group["scale"], 1, 1)
-        checked = group | NO_ITERATION
-        check_matrix_group(checked)
-        group["iteration_dtype"] = checked["iteration_dtype"]
+        check_research_group(group)
         check_power(group["q"], group["method"], iteration_dtype(group["iteration_dtype"]))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -104,19 +95,8 @@ class Freon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            lr, dtype = float(group["lr"]), iteration_dtype(group["iteration_dtype"])
-            for p, u in zip(params, momentum_updates(self, params, group), strict=True):
-                for block, G in zip(split(p, group), split(u, group), strict=True):
-                    apply_update(
-                        block,
-                        spectral_power(G, group["q"], method=group["method"], dtype=dtype),
-                        step=lr * shape_scale(group["scale"], *block.shape[1:]),
-                        decay=lr * group["weight_decay"],
-                        cautious=group["cautious"],
-                    )
+            options = {"method": group["method"], "dtype": iteration_dtype(group["iteration_dtype"])}
+            step_group(self, group, functools.partial(spectral_power, q=group["q"], **options))
         return loss
 
 

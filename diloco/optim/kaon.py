@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
-from diloco.optim.freon import NO_ITERATION
-from diloco.optim.matrices import apply_update, check_matrix_group, iteration_dtype, shape_scale, split
-from diloco.optim.muon import momentum_updates
+from diloco.optim.matrices import iteration_dtype
+from diloco.optim.research import check_research_group, step_group
 from diloco.optim.sharded import spread_like, whole
 from diloco.optim.state import (
     Closure,
@@ -74,12 +74,9 @@ class Kaon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group, self.defaults, "Kaon")
-        shape_scale(group["scale"], 1, 1)
         if group["iterations"] < 1:
             raise ConfigError(f"Kaon: iterations is {group['iterations']}: give 1 or more (5 is usual)")
-        checked = group | NO_ITERATION
-        check_matrix_group(checked)
-        group["iteration_dtype"] = checked["iteration_dtype"]
+        check_research_group(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load copies of the saved state, every tensor in its saved dtype."""
@@ -91,19 +88,8 @@ class Kaon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient; returns the closure's loss."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            lr, dtype = float(group["lr"]), iteration_dtype(group["iteration_dtype"])
-            for p, u in zip(params, momentum_updates(self, params, group), strict=True):
-                for block, M in zip(split(p, group), split(u, group), strict=True):
-                    apply_update(
-                        block,
-                        scramble(M, group["iterations"], dtype=dtype),
-                        step=lr * shape_scale(group["scale"], *block.shape[1:]),
-                        decay=lr * group["weight_decay"],
-                        cautious=group["cautious"],
-                    )
+            options = {"iterations": group["iterations"], "dtype": iteration_dtype(group["iteration_dtype"])}
+            step_group(self, group, functools.partial(scramble, **options))
         return loss
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from diloco.errors import ConfigError, nearest
 from diloco.kernels import orthogonal_cpu
-from diloco.optim.coefficients import Coefficients, CoefficientSet, Triple, coefficient_set
+from diloco.kernels.orthogonal import iterate, segments_of
+from diloco.optim.coefficients import Coefficients, CoefficientSet, coefficient_set
 from diloco.optim.sharded import is_sharded, spread_like, whole
 
 Form = Literal["plain", "gram", "auto"]
 Start = Literal["frobenius", "aol"]
 FORMS = ("plain", "gram", "auto")
 ITERATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_RESTART = 2  # the iteration before which the Gram form recomputes X and R, to stop error growth
 # `auto` ends on the Gram matrix: where the matrix is this wide, and the smallest singular values have grown this much.
 _WIDE, _GROWN, _LAST = 1.5, 32.0, 2
 
@@ -84,7 +84,9 @@ def orthogonalize(
     # BLAS picks its order of summation by memory alignment: on a CPU only fresh copies of single matrices make a
     # result independent of its neighbours, and batching gains nothing there.
     parts = torch.split(X, 1) if X.device.type == "cpu" else (X,)
-    results = [_orthogonalize_wide(part, chosen, pieces, dtype, eps, start == "aol") for part in parts]
+    results = [
+        iterate(part, chosen.triples, pieces, chosen.div, dtype, eps, start == "aol") for part in parts
+    ]
     X = results[0] if len(results) == 1 else torch.cat(results)
     return (X.mT if tall else X).reshape(G.shape)
 
@@ -110,7 +112,7 @@ def segments(chosen: CoefficientSet, form: str, start: str, rows: int, columns: 
     """How many iterations in turn are done on one Gram matrix before X is recomputed; all ones is the plain form."""
     n = len(chosen.triples)
     if form == "gram" and rows != columns:
-        return (n,) if n <= _RESTART else (_RESTART, n - _RESTART)
+        return segments_of(n, True)
     if form == "auto" and start == "frobenius" and max(rows, columns) >= _WIDE * min(rows, columns):
         growth = math.prod(a for a, _, _ in chosen.triples[:-_LAST])
         if n > _LAST and growth >= _GROWN:
@@ -132,50 +134,3 @@ def check_options(chosen: CoefficientSet, dtype: torch.dtype, eps: float, form: 
             f"form 'gram' with coefficients {chosen.name!r} in bfloat16 loses the result to rounding: "
             "use float16, the forms 'auto' or 'plain', or another set such as 'you5'"
         )
-
-
-def _orthogonalize_wide(
-    X: Tensor, chosen: CoefficientSet, pieces: Sequence[int], dtype: torch.dtype, eps: float, aol: bool
-) -> Tensor:
-    X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    # Only eps = 0 needs the floor: it turns 0/0 into 0.
-    X = X / (chosen.div * norm + eps).clamp_min(torch.finfo(X.dtype).tiny)
-    X, gram = _aol(X, dtype, eps, chosen.div) if aol else (X.to(dtype), None)
-    done = 0
-    for length in pieces:
-        R = torch.bmm(X, X.mT) if gram is None else gram
-        triples = chosen.triples[done : done + length]
-        if length == 1:
-            a, b, c = triples[0]
-            # One rounding per line: b A + c A A as separate operations doubles the error in 16 bits.
-            X = torch.baddbmm(X, torch.baddbmm(R, R, R, beta=b, alpha=c), X, beta=a)
-        else:
-            X = torch.bmm(_polynomial(R, triples), X)
-        gram, done = None, done + length
-    return X
-
-
-def _polynomial(R: Tensor, triples: Sequence[Triple]) -> Tensor:
-    """Q of X <- Q X for several iterations, from R = X X^T alone."""
-    Q: Tensor | None = None
-    for i, (a, b, c) in enumerate(triples):
-        Z = torch.baddbmm(R, R, R, beta=b, alpha=c)
-        if Q is None:
-            Q = Z.clone()
-            Q.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            Q = torch.baddbmm(Q, Q, Z, beta=a)
-        if i + 1 != len(triples):
-            T = torch.baddbmm(R, R, Z, beta=a)
-            R = torch.baddbmm(T, Z, T, beta=a)
-    assert Q is not None
-    return Q
-
-
-def _aol(X: Tensor, dtype: torch.dtype, eps: float, div: float) -> tuple[Tensor, Tensor]:
-    """Scale row i by (sum_j |X X^T|_ij)^(-1/2); the scaled Gram matrix comes for free."""
-    A = torch.bmm(X, X.mT)
-    floor = max(eps, torch.finfo(X.dtype).tiny)
-    s = A.abs().sum(dim=-1, keepdim=True).clamp_min(floor).rsqrt() / div
-    return (X * s).to(dtype), (A * s * s.mT).to(dtype)

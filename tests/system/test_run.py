@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from diloco import outer
 from diloco.comms import codec, downlink, frame
+from diloco.comms.link import Link, Relay
 from diloco.config import RunConfig
 from diloco.fragments import FragmentPlan, gather
 from tests.processes import SLOW, Cluster, assert_all_identical, assert_versions_have_no_gap, wait_for
-from tests.proxy import CountingProxy
 
 STEPS = 150  # of which the first ones are slow, while the run is looked at
 REPORT_KEYS = {
@@ -40,7 +40,10 @@ class Finished:
 
 def _run(folder: Path, **sections: dict[str, Any]) -> Finished:
     """Status and metrics are read while the run is held back; then it may finish."""
-    with Cluster(folder, model=SLOW, **sections) as cluster, CountingProxy(cluster.port) as proxy:
+    with (
+        Cluster(folder, model=SLOW, **sections) as cluster,
+        Relay("127.0.0.1", cluster.port, Link()) as proxy,
+    ):
         cluster.slow(True)
         coordinator = cluster.coordinator()
         workers = [cluster.worker(f"w{i}", address=f"127.0.0.1:{proxy.port}") for i in range(2)]
@@ -54,7 +57,7 @@ def _run(folder: Path, **sections: dict[str, Any]) -> Finished:
             metrics = answer.read().decode()
         cluster.slow(False)
         codes = [process.wait() for process in (*workers, coordinator)]
-        return Finished(cluster, codes, json.loads(asked.text), metrics, proxy.up, proxy.down)
+        return Finished(cluster, codes, json.loads(asked.text), metrics, *proxy.traffic())
 
 
 @pytest.fixture(scope="module")

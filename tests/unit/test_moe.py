@@ -14,39 +14,14 @@ from diloco.fragments import build_plan
 from diloco.worker.model import (
     PRESETS,
     ModelConfig,
-    Transformer,
     build_model,
     cross_entropy,
     next_token_loss,
 )
 from diloco.worker.moe import Experts, load_balance, route, take_balance_loss
+from tests.moe import layer, random, seeded, tokens
 
 torch.set_num_threads(1)
-
-CONFIG = ModelConfig(64, 16, 2, 2, 2, 24, 16, experts=5, experts_per_token=2, d_expert=12, balance=0.3)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(batch: int, length: int, vocab: int = 64, seed: int = 0) -> Tensor:
-    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def layer(k: int = 2, experts: int = 5, seed: int = 0) -> Experts:
-    made = Experts(8, 12, experts, k, 0.5)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.normal_(0.0, 0.5, generator=generator)
-    return made
-
-
-def seeded(config: ModelConfig = CONFIG) -> Transformer:
-    model = Transformer(config)
-    model.reset_parameters(torch.Generator().manual_seed(0))
-    return model
 
 
 def written_out(moe: Experts, x: Tensor) -> Tensor:

@@ -9,42 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from diloco.config import RunConfig
 from diloco.coordinator.inprocess import local_hub
 from diloco.optim import MD, Combined, Muon, NorMuon, param_groups
 from diloco.worker.loop import Trainer, make_optimizer
-from diloco.worker.model import ModelConfig, Transformer, build_model, next_token_loss
-from diloco.worker.moe import Experts
+from diloco.worker.model import build_model, next_token_loss
+from tests.moe import layer, random, seeded, tokens
 
 torch.set_num_threads(1)
-
-CONFIG = ModelConfig(64, 16, 2, 2, 2, 24, 16, experts=5, experts_per_token=2, d_expert=12, balance=0.3)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tokens(batch: int, length: int, vocab: int = 64, seed: int = 0) -> Tensor:
-    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def layer(k: int = 2, experts: int = 5, seed: int = 0) -> Experts:
-    made = Experts(8, 12, experts, k, 0.5)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.normal_(0.0, 0.5, generator=generator)
-    return made
-
-
-def seeded(config: ModelConfig = CONFIG) -> Transformer:
-    model = Transformer(config)
-    model.reset_parameters(torch.Generator().manual_seed(0))
-    return model
 
 
 def test_stacked_experts_are_in_the_matrix_group() -> None:

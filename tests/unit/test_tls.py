@@ -118,7 +118,7 @@ def self_signed(*names: x509.GeneralName) -> bytes:
         ["spiffe://diloco/worker/"],
         ["spiffe://diloco/worker"],
         ["spiffe://diloco/coordinator/x"],
-        ["spiffe://diloco/root/w"],
+        ["spiffe://diloco/owner/w"],
         ["spiffe://diloco/worker/a", "spiffe://diloco/worker/b"],
     ],
 )
