@@ -140,10 +140,14 @@ def plot(rows: list[Row], path: Path) -> None:
     names = [n for n in ("main-tiny", "main-small") if any(r["experiment"] == n for r in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.6), squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):
+        shown = [final(r) for r in rows if r["experiment"] == name and math.isfinite(final(r))]
+        top = min(shown) + 0.6
         methods = grouped((r for r in rows if r["experiment"] == name), lambda r: (r["method"], r["outer"]))
-        for (method, outer), runs in methods.items():
-            _, _, grid = best(runs)
+        for method, outer in sorted(methods, key=lambda k: (ORDER.index(k[0]), list(STYLES).index(k[1]))):
+            _, _, grid = best(methods[method, outer])
             points = [(r, loss) for r, loss in grid.items() if math.isfinite(loss)]
+            if min(loss for _, loss in points) > top:
+                continue  # the table has it
             panel.plot(
                 *zip(*points, strict=True),
                 STYLES[outer],
@@ -157,8 +161,7 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.set_xlim(3e-4, 0.1)
         panel.set_xlabel("learning rate")
         panel.set_ylabel("final held-out loss, nats/byte")
-        shown = [final(r) for r in rows if r["experiment"] == name and math.isfinite(final(r))]
-        panel.set_ylim(min(shown) - 0.02, min(shown) + 0.6)
+        panel.set_ylim(min(shown) - 0.02, top)
         first = next(r for r in rows if r["experiment"] == name and r.get("parameters"))
         panel.set_title(f"{first['parameters'] / 1e6:.2f}M parameters, {first['steps']} steps", fontsize=10)
         panel.grid(alpha=0.25)
