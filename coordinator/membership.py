@@ -66,6 +66,8 @@ class Member:
     # sends again, be it too late, waits for it again, so that it finds back into the rounds.
     lagging: set[int] = field(default_factory=set)
     cohort: bool = False  # in its first life, and here since the start
+    in_step: bool = False  # a commit of this life counted it: it is in the same rounds as the others
+    passes: int = 0  # rounds it was sent on from before that
     finished: str = ""
     digest: str = ""
     versions: tuple[int, ...] = ()

@@ -88,8 +88,7 @@ def test_a_run_that_was_complete_when_the_coordinator_died_only_needs_its_report
 def test_a_worker_may_be_killed_interrupted_and_come_back(tmp_path: Path) -> None:
     """kill -9 stops nobody else; the same name comes back as its next life; SIGINT keeps a checkpoint to go on from."""
     run = {"inner_steps_total": 400}
-    # Rounds far enough apart that a newcomer starts within the round it joined in.
-    with Cluster(tmp_path, model=SLOW, run=run, stream={"H": 30}, fault=FAULT) as cluster:
+    with Cluster(tmp_path, model=SLOW, run=run, fault=FAULT) as cluster:
         cluster.slow(True)
         coordinator = cluster.coordinator()
         w0, w1 = (cluster.worker(f"w{i}") for i in range(2))
