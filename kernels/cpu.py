@@ -165,6 +165,13 @@ def merge(s: Settings, params: Tensor, payload: Tensor, alpha: float) -> bool:
     return True
 
 
+def swap_lerp(a: Tensor, b: Tensor, weight: float) -> bool:
+    if library() is None:
+        return False
+    run(Op.SWAP_LERP, _job(_FP32, a.numel(), params=a, first=b, alpha=weight, alpha_rest=1.0 - weight))
+    return True
+
+
 def holds_numbers_only(s: Settings, payload: Tensor, n: int) -> bool | None:
     """Whether no code of a cast or fp8 payload is a NaN or an infinity; None where only torch can tell."""
     if library() is None:

@@ -41,6 +41,7 @@ class Op(enum.IntEnum):
     STAT_CODES = 8
     TOPK_SELECT = 9
     CORRECT = 10
+    SWAP_LERP = 11
 
 
 class Job(ctypes.Structure):

@@ -31,6 +31,7 @@ __all__ = [
     "orthogonalize",
     "outer_step",
     "squared_norms",
+    "swap_lerp",
     "trimmed_mean",
 ]
 
@@ -245,6 +246,13 @@ def merge(
     torch.ops.diloco.merge(*_flags(chosen), params, payload, alpha)
 
 
+def swap_lerp(a: Tensor, b: Tensor, weight: float) -> None:
+    """``(a, b) <- (b, a + weight*(b - a))`` in place and one pass, both fp32 [n]; weights 0 and 1 are exact."""
+    n = _flat("a", a)
+    _like("b", b, n, a.device)
+    torch.ops.diloco.swap_lerp(a, b, weight)
+
+
 def orthogonalize(
     G: Tensor,
     coefficients: Sequence[float],
@@ -317,6 +325,25 @@ _register(
     ("params", "first", "second", "residual", "payload", "squared_norm"),
 )
 _register("merge", "Tensor(a!) params, Tensor payload, float alpha", ("params",))
+
+
+_swap_lerp = torch.library.custom_op(
+    "diloco::swap_lerp",
+    reference.swap_lerp,
+    mutates_args=("a", "b"),
+    schema="(Tensor(a!) a, Tensor(b!) b, float weight) -> ()",
+)
+
+
+@_swap_lerp.register_kernel("cpu")
+def _(a: Tensor, b: Tensor, weight: float) -> None:
+    if not cpu.swap_lerp(a, b, weight):
+        reference.swap_lerp(a, b, weight)
+
+
+@_swap_lerp.register_fake
+def _(a: Tensor, b: Tensor, weight: float) -> None:
+    return None
 
 
 _orthogonalize = torch.library.custom_op(

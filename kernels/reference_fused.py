@@ -188,6 +188,14 @@ def merge(s: Settings, params: Tensor, payload: Tensor, alpha: float) -> None:
         part.copy_(new if alpha == 0.0 else part.float().mul(alpha).add_(new.mul_(1.0 - alpha)))
 
 
+def swap_lerp(a: Tensor, b: Tensor, weight: float) -> None:
+    """``(a, b) <- (b, a + weight*(b - a))``; a weight from one half on counts from b, so that both ends are exact."""
+    apart = b - a
+    mixed = a + apart * weight if weight < 0.5 else b - apart * (1.0 - weight)
+    a.copy_(b)
+    b.copy_(mixed)
+
+
 def _send(
     s: Settings, e: Tensor, residual: Tensor | None, payload: Tensor, squared: Tensor, seed: int | None
 ) -> None:

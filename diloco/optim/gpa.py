@@ -10,7 +10,14 @@ from torch import Tensor
 from diloco.errors import ConfigError
 from diloco.optim.sharded import locals_of
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, evaluate, state_dtype
-from diloco.optim.wrapping import add_entries, batches, own_state, param_entries, take_entries
+from diloco.optim.wrapping import (
+    add_entries,
+    batches,
+    own_state,
+    param_entries,
+    swap_lerp,
+    take_entries,
+)
 
 # What a copy of the optimizer takes along, beside torch's own.
 _OWN = ("optimizer", "mu_x", "mu_y", "z", "training")
@@ -21,9 +28,10 @@ class GPA(torch.optim.Optimizer):
 
         y = mu_y x + (1-mu_y) z ;  z' = base step on z with the gradient at y ;  x' = mu_x x + (1-mu_x) z'
 
-    The parameters hold y in train mode and x in eval mode; one more tensor per parameter holds z, and during a step
-    a third x. As ``y' = z' + mu_x mu_y (x - z')``, mu_x = 0 is exactly the base optimizer; beyond the base's, a step
-    moves 10 times the bytes of z. Weight decay acts on z. From an outer momentum mu with H inner steps: ``mu_x = mu^(1/H)``. Needs a learning-rate schedule.
+    The parameters hold y in train mode and x in eval mode; one more tensor per parameter holds z, and x while the base
+    steps. As ``y' = x + (1 - mu_x mu_y)(z' - x)``, mu_x = 0 is exactly the base optimizer. Before and after the base's
+    step one pass reads and writes both tensors. Weight decay acts on z. From an outer momentum mu with H inner steps:
+    ``mu_x = mu^(1/H)``. Needs a learning-rate schedule.
 
     `param_groups` and `state` are the base optimizer's own objects, so schedulers work unchanged. A closure is
     evaluated at y. Start is x = y = z; a parameter without a gradient is left alone.
@@ -78,21 +86,12 @@ class GPA(torch.optim.Optimizer):
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not active:
             return loss
-        work = []
-        for ps in batches(active):
-            zs = locals_of([self._z(p) for p in ps])
-            ps = locals_of(ps)
-            xs = torch._foreach_lerp(_as_state(ps, zs), zs, 1 - 1 / self.mu_y)
-            torch._foreach_copy_(ps, zs)
-            work.append((ps, zs, xs))
-        self.optimizer.step()
-        for ps, zs, xs in work:
-            torch._foreach_copy_(zs, ps)
-            weight = self.mu_x * self.mu_y
-            if ps[0].dtype == zs[0].dtype:
-                torch._foreach_lerp_(ps, xs, weight)
-            else:
-                torch._foreach_copy_(ps, torch._foreach_lerp(zs, xs, weight))
+        pairs = [(p, self._z(p)) for p in active]
+        swap_lerp(pairs, 1 - 1 / self.mu_y)  # parameters y -> z, own tensors z -> x
+        try:
+            self.optimizer.step()
+        finally:  # a base that refuses to step leaves an average behind, not x and z in each other's place
+            swap_lerp([(z, p) for p, z in pairs], 1 - self.mu_x * self.mu_y)  # z', x -> y', z'
         return loss
 
     def _z(self, p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the wrappers `snoo` and `gpa` share: their state inside the wrapped optimizer's, and batches of parameters.
+"""What the wrappers `snoo` and `gpa` share: their state inside the wrapped optimizer's, and work on many parameters.
 
 A wrapper adds prefixed entries, per parameter and per group, so that anything that can store a torch optimizer can
 store it, and takes them out again before the wrapped optimizer loads the rest.
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from diloco.errors import ConfigError
+from diloco.kernels import ops
+from diloco.optim.sharded import local
 from diloco.optim.state import StateDict, params_in_order
 
 BATCH = 1 << 26  # elements: temporaries of one batched operation stay below 256 MiB
@@ -36,6 +38,30 @@ def batches(params: Iterable[Tensor], limit: int = BATCH) -> Iterator[list[Tenso
             taken.append(p)
             count += p.numel()
         yield taken
+
+
+def swap_lerp(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
+    """``(a, b) <- (b, a + weight*(b - a))`` for each pair, in place, computed in the wider dtype of the two.
+
+    One pass over both on a CPU in float32, by `diloco.kernels.ops.swap_lerp`; else torch's `_foreach` operations.
+    """
+    others: dict[Tensor, Tensor] = {}
+    for a, b in pairs:
+        a, b = local(a.detach()), local(b.detach())
+        if all(
+            t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() and not t.is_sparse
+            for t in (a, b)
+        ):
+            ops.swap_lerp(a.view(-1), b.view(-1), weight)
+        else:
+            others[a] = b
+    for ones in batches(others):
+        twos = [others[a] for a in ones]
+        wide = torch.promote_types(ones[0].dtype, twos[0].dtype)
+        us, vs = ([t.to(wide) for t in ts] for ts in (ones, twos))
+        mixed = torch._foreach_lerp(us, vs, weight)
+        torch._foreach_copy_(ones, twos)
+        torch._foreach_copy_(twos, mixed)
 
 
 def own_state(

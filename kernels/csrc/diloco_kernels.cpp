@@ -22,7 +22,7 @@ namespace {
 
 enum Codec { FP32, FP16, BF16, INT8, E4M3, E5M2, E3M0, E2M1, NF4, INT4, STAT, TOPK };
 enum Rule { NO_RULE = -1, SGD, SGDM, NESTEROV, GPA };
-enum Op { ENCODE, ACCUMULATE, NORMS, TRIMMED, MERGE, STEP, CHECK, STAT_SUM, STAT_CODES, TOPK_SELECT, CORRECT };
+enum Op { ENCODE, ACCUMULATE, NORMS, TRIMMED, MERGE, STEP, CHECK, STAT_SUM, STAT_CODES, TOPK_SELECT, CORRECT, SWAP_LERP };
 
 constexpr int64_t TILE = 2048;    // values of one tile; a block that is longer makes the tile longer
 constexpr int64_t CHUNK = 1024;   // values folded into one partial sum of a squared norm
@@ -1009,6 +1009,19 @@ void topk_select(Job &j, int64_t first, int64_t last) {
     }
 }
 
+// (a, b) <- (b, a + weight (b - a)), weight alpha; from one half on counted from b, so that both ends are exact.
+void swap_lerp(Job &j, int64_t first, int64_t last) {
+    float *__restrict a = static_cast<float *>(j.params), *__restrict b = j.first;
+    const bool near = j.alpha < 0.5f;
+    const float weight = near ? j.alpha : -j.alpha_rest;
+    for (int64_t t = first; t < last; ++t) {
+        const int64_t lo = t * TILE, m = std::min(TILE, j.n - lo);
+        float *__restrict p = a + lo, *__restrict q = b + lo;
+        if (near) EACH { const float u = p[i], v = q[i]; p[i] = v; q[i] = u + (v - u) * weight; }
+        else EACH { const float u = p[i], v = q[i]; p[i] = v; q[i] = v + (v - u) * weight; }
+    }
+}
+
 int run(int op, Job &j, int64_t threads) {
     const int64_t tiles = ceil_div(j.n, tile_of(j)), slices = ceil_div(j.n, SLICE);
     switch (op) {
@@ -1023,6 +1036,7 @@ int run(int op, Job &j, int64_t threads) {
         case STAT_CODES: spread(stat_codes, j, slices, threads); break;
         case TOPK_SELECT: spread(topk_select, j, ceil_div(j.n, j.block), threads); break;
         case CORRECT: spread(correct, j, ceil_div(j.n, TILE), threads); break;
+        case SWAP_LERP: spread(swap_lerp, j, ceil_div(j.n, TILE), threads); break;
     }
     return j.bad;
 }

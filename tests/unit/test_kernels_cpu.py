@@ -264,6 +264,19 @@ def test_the_outer_step_agrees_with_its_definition(
         )
 
 
+@LEVELS
+@pytest.mark.parametrize("threads", [1, 2])
+@quick
+@given(n=sizes, seed=seeds, kind=kinds, weight=st.sampled_from((-0.5, 0.0, 0.3, 0.5, 0.9967, 1.0, 1.7)))
+def test_swapping_with_a_mean_agrees_with_its_definition(
+    level: int, threads: int, n: int, seed: int, kind: str, weight: float
+) -> None:
+    """Both tensors, also for the weights that only copy and that lie outside of [0, 1]."""
+    a, b = sample(n, seed, kind), sample(n, seed + 1, kind)
+    with machine(level, threads):
+        agree(lambda a, b: reference.swap_lerp(a, b, weight), lambda a, b: cpu.swap_lerp(a, b, weight), a, b)
+
+
 @pytest.mark.parametrize("s", CODECS, ids=lambda s: f"{s.codec}-{s.block}-{s.bits}")
 def test_the_number_of_threads_changes_no_bit(s: Settings) -> None:
     """Two and three threads write what one writes."""

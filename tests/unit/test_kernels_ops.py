@@ -38,6 +38,7 @@ def arguments() -> list[tuple[str, tuple[Any, ...]]]:
         ),
         ("outer_step", ("", 0, 0, 0, [], "sgd", some(1), some(2), *(None,) * 5, *rates)),
         ("merge", (*FLAGS, some(1).bfloat16(), payload, 0.5)),
+        ("swap_lerp", (some(1), some(2), 0.3)),
         (
             "orthogonalize",
             (some(1, 48).view(1, 6, 8), [3.0, -4.0, 2.0], 1.0, torch.float32, 1e-7, False, False),

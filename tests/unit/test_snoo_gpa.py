@@ -141,6 +141,30 @@ def test_gpa_follows_its_definition(name: str) -> None:
     assert torch.allclose(values(ps), torch.cat([t.flatten() for t in x]), atol=2e-5)
 
 
+def test_gpa_is_whole_after_its_base_failed() -> None:
+    """A base that raises leaves z where it was; the weights are the next average, as after a step that moves nothing."""
+    ps = params()
+    base = BASES["sgd"](ps)
+    optimizer = GPA(base, mu_x=0.8, mu_y=0.6)
+    train(optimizer, ps, 3)
+    z = [optimizer.z[p].clone() for p in ps]
+    y = [p.detach().clone() for p in ps]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no step")
+
+    hook = base.register_step_pre_hook(fail)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="no step"):
+        optimizer.step()
+    hook.remove()
+    for p, zi, yi in zip(ps, z, y, strict=True):
+        x = (yi - 0.4 * zi) / 0.6
+        assert torch.allclose(optimizer.z[p], zi)
+        assert torch.allclose(p, 0.6 * (0.8 * x + 0.2 * zi) + 0.4 * zi, atol=1e-5)
+
+
 def test_uniform_averaging_keeps_x_in_the_hull() -> None:
     """With mu_x = 1 - 1/t the average is the mean of z_1..z_t, as in Schedule-Free with constant steps."""
     ps = params()
