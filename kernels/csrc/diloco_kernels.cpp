@@ -455,14 +455,72 @@ template <bool PAIRS> INLINE void narrow(const int32_t *__restrict codes, int64_
     if (i < m) out[i / 2] = uint8_t(codes[i]);
 }
 
+// Sixteen values at a time from e to packed codes and v; false (codes and v to be written again) where the quotient has to
+// be known better than it is here, or where there is no such way.
+template <class C> INLINE bool quantise_packed(C, const float *, int64_t, float, uint8_t *, float *) { return false; }
+
+#if WIDE == 512
+INLINE void store_codes(uint8_t *out, int64_t i, __m512i codes, bool pairs) {
+    if (pairs) {  // even code, odd code << 32
+        const __m512i both = _mm512_or_si512(codes, _mm512_srli_epi64(codes, 28));
+        _mm_storel_epi64(reinterpret_cast<__m128i *>(out + i / 2), _mm512_cvtepi64_epi8(both));
+    } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out + i), _mm512_cvtepi32_epi8(codes));
+    }
+}
+
+// Whole numbers from the uncorrected quotient: see `quantise_roughly`.
+template <int LARGEST, int MASK>
+INLINE bool quantise_packed(Integer<LARGEST, MASK>, const float *e, int64_t m, float scale, uint8_t *out, float *v) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale), magic = _mm512_set1_ps(MAGIC), width = _mm512_set1_ps(scale);
+    const __m512i mask = _mm512_set1_epi32(MASK);
+    __m512 farthest = _mm512_setzero_ps();
+    for (int64_t i = 0; i < m; i += 16) {
+        const __m512 q = _mm512_mul_ps(_mm512_loadu_ps(e + i), inverse), r = _mm512_add_ps(q, magic);
+        const __m512 level = _mm512_sub_ps(r, magic);
+        farthest = _mm512_range_ps(farthest, _mm512_sub_ps(q, level), 0x0B);  // the larger of the two without signs
+        _mm512_storeu_ps(v + i, _mm512_mul_ps(level, width));
+        store_codes(out, i, _mm512_and_si512(_mm512_castps_si512(r), mask), MASK == 15);
+    }
+    return _mm512_reduce_max_ps(farthest) < 0.49997f;
+}
+
+// Powers of two need no quotient: where e/scale, rounded, reaches 1.5*2^-k is a limit on e, and limits are powers of two
+// apart. Least such e for k = 0, whose bits the others share but for the exponent.
+INLINE int32_t limit_of(float scale) {
+    float limit = 0.75f * scale;
+    while (limit / scale >= 0.75f) limit = number(bits(limit) - 1);
+    while (limit / scale < 0.75f) limit = number(bits(limit) + 1);
+    return bits(limit);
+}
+
+INLINE bool quantise_packed(PowerOfTwo, const float *e, int64_t m, float scale, uint8_t *out, float *v) {
+    const __m512i positive = _mm512_set1_epi32(INT32_MAX), least = _mm512_set1_epi32(limit_of(scale) - (7 << 23));
+    const __m512i one = _mm512_set1_epi32(1), seven = _mm512_set1_epi32(7);
+    const __m512i base = _mm512_set1_epi32(bits(scale) - (7 << 23)), zero = _mm512_set1_epi32(bits(scale * power(-7)));
+    for (int64_t i = 0; i < m; i += 16) {
+        const __m512i x = _mm512_loadu_si512(e + i), a = _mm512_and_si512(x, positive);
+        const __m512i sign = _mm512_andnot_si512(positive, x);
+        __m512i c = _mm512_srai_epi32(_mm512_sub_epi32(a, least), 23);
+        c = _mm512_min_epi32(_mm512_max_epi32(c, one), seven);
+        const __mmask16 some = _mm512_cmpgt_epi32_mask(a, zero);
+        const __m512i level = _mm512_or_si512(_mm512_add_epi32(base, _mm512_slli_epi32(c, 23)), sign);
+        _mm512_storeu_si512(v + i, _mm512_maskz_mov_epi32(some, level));
+        store_codes(out, i, _mm512_maskz_or_epi32(some, c, _mm512_srli_epi32(sign, 28)), true);
+    }
+    return true;
+}
+#endif
+
 template <class C, bool PAIRS>
 INLINE bool encode_blocks(const Job &j, const Ahead &ahead, const float *e, const float *u, int64_t lo, int64_t m, int32_t *codes, float *v) {
     const float divisor = divisor_of(j.codec);
     const int64_t scales = ceil_div(j.n, j.block);
-    uint8_t *out = j.payload + 4 * scales;
+    uint8_t *out = j.payload + 4 * scales + (PAIRS ? lo / 2 : lo);
     bool finite = true;
     float edges[15];
     if (j.edges) std::memcpy(edges, j.edges, sizeof edges);
+    const bool whole = j.block % 16 == 0;  // codes of a block begin at a byte of their own
     for (int64_t at = 0; at < m; at += j.block) {
         const int64_t length = std::min(j.block, m - at);
         ahead.fetch(lo + at, length);
@@ -471,14 +529,19 @@ INLINE bool encode_blocks(const Job &j, const Ahead &ahead, const float *e, cons
         finite &= largest < 0x7F800000;
         std::memcpy(j.payload + 4 * ((lo + at) / j.block), &scale, 4);
         int32_t *to = codes + at;
+        uint8_t *packed = out + (PAIRS ? at / 2 : at);
         if (scale == 0.0f) {
             const float zero = C::at(0) * scale;
             for (int64_t i = 0; i < length; ++i) to[i] = 0, v[at + i] = zero;
         } else {
+            if (whole && length % 16 == 0 && u == nullptr && ByCorrection::fits(scale) &&
+                quantise_packed(C(), e + at, length, scale, packed, v + at))
+                continue;
             quantise_block<C>(e + at, u ? u + at : nullptr, length, scale, edges, to, v + at);
         }
+        if (whole) narrow<PAIRS>(to, length, packed);
     }
-    narrow<PAIRS>(codes, m, out + (PAIRS ? lo / 2 : lo));
+    if (!whole) narrow<PAIRS>(codes, m, out);
     return finite;
 }
 
@@ -590,12 +653,25 @@ INLINE void decode_bytes(const Job &j, const uint8_t *p, int64_t lo, int64_t m, 
     }
 }
 
-template <class C, bool ADD>
+// The sixteen values of a nibble, for a scale of one.
+template <class C> INLINE void levels_of(float *level) {
+    for (int c = 0; c < 16; ++c) level[c] = C::at(c);
+}
+INLINE void levels_of(int codec, float *level) {
+    switch (codec) {
+        case E3M0: levels_of<PowerOfTwo>(level); break;
+        case E2M1: levels_of<E2m1>(level); break;
+        case NF4: levels_of<Normal4>(level); break;
+        case INT4: levels_of<Int4>(level); break;
+    }
+    if (codec == E3M0 || codec == E2M1) level[8] = 0.0f;  // no minus zero
+}
+
+template <bool ADD>
 INLINE void decode_pairs(const Job &j, const uint8_t *p, int64_t lo, int64_t m, float weight, float *__restrict v) {
     const uint8_t *codes = p + 4 * ceil_div(j.n, j.block) + lo / 2;
     alignas(64) float level[16], table[16];
-    for (int c = 0; c < 16; ++c) level[c] = C::at(c);
-    level[8] = j.codec == E3M0 || j.codec == E2M1 ? 0.0f : level[8];
+    levels_of(j.codec, level);
     for (int64_t at = 0; at < m; at += j.block) {
         float scale;
         std::memcpy(&scale, p + 4 * ((lo + at) / j.block), 4);
@@ -658,10 +734,7 @@ template <bool ADD> INLINE void decode_tile(const Job &j, const uint8_t *p, int6
         case INT8: return decode_bytes<Int8, ADD>(j, p, lo, m, weight, v);
         case E4M3: return decode_bytes<E4m3, ADD>(j, p, lo, m, weight, v);
         case E5M2: return decode_bytes<E5m2, ADD>(j, p, lo, m, weight, v);
-        case E3M0: return decode_pairs<PowerOfTwo, ADD>(j, p, lo, m, weight, v);
-        case E2M1: return decode_pairs<E2m1, ADD>(j, p, lo, m, weight, v);
-        case NF4: return decode_pairs<Normal4, ADD>(j, p, lo, m, weight, v);
-        case INT4: return decode_pairs<Int4, ADD>(j, p, lo, m, weight, v);
+        case E3M0: case E2M1: case NF4: case INT4: return decode_pairs<ADD>(j, p, lo, m, weight, v);
     }
     alignas(64) float own[ADD ? 4096 : 1];
     float *__restrict to = ADD ? own : v;
@@ -741,6 +814,91 @@ void correct(Job &j, int64_t first, int64_t last) {
     }
 }
 
+constexpr int64_t STRIP = 128;  // values that stay in registers while all workers are added to them
+constexpr int64_t AHEAD = 1024;  // values further on, to be fetched meanwhile
+
+#if WIDE == 512
+#define METHOD inline __attribute__((always_inline))
+template <int BITS> METHOD void fetch(const uint8_t *p, int64_t i) {
+    for (int64_t k = 0; k < STRIP * BITS / 8; k += 64) __builtin_prefetch(p + i * BITS / 8 + k, 0, 2);
+}
+
+struct WeightedInt8 {
+    static constexpr int width = 8;
+    const int64_t start, block;
+    METHOD __m512 at_strip(const uint8_t *p, int64_t lo, float) const {
+        float scale;
+        std::memcpy(&scale, p + 4 * (lo / block), 4);
+        return _mm512_set1_ps(scale);
+    }
+    METHOD __m512 operator()(const uint8_t *codes, int64_t i, __m512 scale, __m512 weight) const {
+        const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i)));
+        return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), scale), weight);
+    }
+};
+
+struct WeightedBrain {
+    static constexpr int width = 16;
+    const int64_t start = 0;
+    METHOD __m512 at_strip(const uint8_t *, int64_t, float) const { return _mm512_setzero_ps(); }
+    METHOD __m512 operator()(const uint8_t *codes, int64_t i, __m512, __m512 weight) const {
+        const __m512i code = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + 2 * i)));
+        return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(code, 16)), weight);
+    }
+};
+
+struct WeightedPairs {
+    static constexpr int width = 4;
+    const int64_t start, block;
+    const __m512 levels;
+    METHOD __m512 at_strip(const uint8_t *p, int64_t lo, float weight) const {
+        float scale;
+        std::memcpy(&scale, p + 4 * (lo / block), 4);
+        return _mm512_mul_ps(_mm512_mul_ps(levels, _mm512_set1_ps(scale)), _mm512_set1_ps(weight));
+    }
+    METHOD __m512 operator()(const uint8_t *codes, int64_t i, __m512 table, __m512) const {
+        int64_t eight;
+        std::memcpy(&eight, codes + i / 2, 8);
+        const __m512i w = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(eight));
+        return _mm512_permutexvar_ps(_mm512_or_si512(w, _mm512_slli_epi64(w, 28)), table);
+    }
+};
+
+template <class D> INLINE void accumulate_strips(const Job &j, const D &weighted, int64_t lo, int64_t m) {
+    for (int64_t at = lo; at < lo + m; at += STRIP) {
+        __m512 sums[STRIP / 16];
+        for (int i = 0; i < STRIP / 16; ++i) sums[i] = _mm512_loadu_ps(j.out + at + 16 * i);
+        for (int64_t i = 0; i < STRIP; i += 16) __builtin_prefetch(j.out + at + AHEAD + i, 1, 2);
+        for (int64_t w = 0; w < j.workers; ++w) {
+            const uint8_t *codes = j.payloads[w] + weighted.start;
+            fetch<D::width>(codes, at + AHEAD);
+            const __m512 own = weighted.at_strip(j.payloads[w], at, j.weights[w]);
+            const __m512 weight = _mm512_set1_ps(j.weights[w]);
+            for (int i = 0; i < STRIP / 16; ++i)
+                sums[i] = _mm512_add_ps(sums[i], weighted(codes, at + 16 * i, own, weight));
+        }
+        for (int i = 0; i < STRIP / 16; ++i) _mm512_storeu_ps(j.out + at + 16 * i, sums[i]);
+    }
+}
+#undef METHOD
+#endif
+
+// All workers of one tile at once, where that is built.
+INLINE bool accumulate_tile(const Job &j, int64_t lo, int64_t m) {
+#if WIDE == 512
+    if (m % STRIP) return false;
+    if (j.codec == BF16) return accumulate_strips(j, WeightedBrain(), lo, m), true;
+    if (j.block % STRIP || j.codec < INT8 || j.codec > INT4) return false;
+    const int64_t start = 4 * ceil_div(j.n, j.block);
+    if (j.codec == INT8) return accumulate_strips(j, WeightedInt8{start, j.block}, lo, m), true;
+    if (j.codec < E3M0) return false;
+    alignas(64) float levels[16];
+    levels_of(j.codec, levels);
+    return accumulate_strips(j, WeightedPairs{start, j.block, _mm512_load_ps(levels)}, lo, m), true;
+#endif
+    return false;
+}
+
 void accumulate(Job &j, int64_t first, int64_t last) {
     const int64_t tile = tile_of(j);
     // Bytes of a tile's codes, and where they start, in the codecs that have one code after the other.
@@ -749,6 +907,7 @@ void accumulate(Job &j, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const int64_t lo = t * tile, m = std::min(tile, j.n - lo);
         float *__restrict out = j.out + lo;
+        if (accumulate_tile(j, lo, m)) continue;
         for (int64_t i = 0; i < tile; i += 16) __builtin_prefetch(out + tile + i, 1, 2);
         for (int64_t w = 0; w < j.workers; ++w) {
             const uint8_t *next = j.payloads[w] + at + (t + 1) * bytes;

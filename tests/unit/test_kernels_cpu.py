@@ -265,6 +265,33 @@ def test_the_outer_step_agrees_with_its_definition(
 
 
 @LEVELS
+@pytest.mark.parametrize("codec", ["e3m0", "int4", "int8"])
+@quick
+@given(seed=seeds)
+def test_quotients_next_to_a_limit_round_as_defined(level: int, codec: str, seed: int) -> None:
+    """Blocks full of values within three units in the last place of where a code changes, for scales of any mantissa."""
+    generator = torch.Generator().manual_seed(seed)
+    largest = torch.rand(64, 1, generator=generator) * 1e3 + 1e-3
+    if codec == "e3m0":
+        at = torch.tensor([*(0.75 * 2.0**-k for k in range(7)), 2.0**-7])
+        near = largest * at[torch.randint(0, 8, (64, 256), generator=generator)]
+    else:
+        top = 127 if codec == "int8" else 7
+        near = largest / top * (torch.randint(0, top, (64, 256), generator=generator) + 0.5)
+    bits = near.view(torch.int32) + torch.randint(-3, 4, (64, 256), generator=generator, dtype=torch.int32)
+    x = bits.view(torch.float32) * (torch.randint(0, 2, (64, 256), generator=generator) * 2 - 1)
+    x[:, 0] = largest[:, 0]
+    s, flat = codec_settings(codec, 256), x.flatten()
+    with machine(level):
+        agree(
+            lambda y, q: reference.encode(s, flat, None, None, None, y, q, 1.0, None),
+            lambda y, q: cpu.encode(s, flat, None, None, None, y, q, 1.0, None),
+            torch.full((s.size(flat.numel()),), 255, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.float64),
+        )
+
+
+@LEVELS
 @pytest.mark.parametrize("threads", [1, 2])
 @quick
 @given(n=sizes, seed=seeds, kind=kinds, weight=st.sampled_from((-0.5, 0.0, 0.3, 0.5, 0.9967, 1.0, 1.7)))
