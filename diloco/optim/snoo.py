@@ -11,7 +11,14 @@ from torch import Tensor
 from diloco.errors import ConfigError
 from diloco.optim.sharded import locals_of
 from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, params_in_order, state_dtype
-from diloco.optim.wrapping import add_entries, batches, own_state, param_entries, take_entries
+from diloco.optim.wrapping import (
+    add_entries,
+    batches,
+    beside_master,
+    own_state,
+    param_entries,
+    take_entries,
+)
 
 # What a copy of the optimizer takes along, beside torch's own.
 _OWN = (
@@ -68,6 +75,7 @@ class SNOO(torch.optim.Optimizer):
             raise ConfigError(
                 f"SNOO cannot wrap {type(optimizer).__name__}, which averages its weights itself: wrap its inner optimizer"
             )
+        beside_master("SNOO", optimizer)
         self.optimizer = optimizer
         self.k, self.outer_lr, self.outer_momentum, self.offload = k, lr, momentum, offload
         self.inner_steps = 0
