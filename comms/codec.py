@@ -6,7 +6,9 @@ is in `diloco.comms.feedback`. A codec is a small frozen value: equal settings c
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diloco.codec_section import MAX_BLOCK, MAX_CHUNK
+from diloco.comms.codec_options import bits_of, known_options, power_of_two, spans_of
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.payload import Payload, all_finite, flat, require_finite, sized, to_bytes
 from diloco.errors import ConfigError, CorruptDataError, NonFiniteError, nearest
@@ -28,8 +32,7 @@ from diloco.kernels.settings import Settings
 __all__ = ["NAMES", "Codec", "ErrorFeedback", "Payload", "by_id", "get", "infer"]
 
 NAMES = ("fp32", "fp16", "bf16", "int8", "e4m3", "e5m2", "e3m0", "e2m1", "nf4", "int4", "stat", "topk")
-MAX_BLOCK = 1 << 16
-MAX_CHUNK = 1 << 12
+Key = tuple[int, ...]  # unsigned 64-bit numbers that name a message
 
 
 class Codec(Protocol):
@@ -41,16 +44,23 @@ class Codec(Protocol):
     def name(self) -> str: ...
     @property
     def block(self) -> int: ...
+    @property
+    def stochastic(self) -> bool: ...
 
     def wire_size(self, n: int) -> int:
         """Payload bytes for `n` values."""
         ...
 
-    def encode(self, tensor: Tensor) -> bytes:
-        """Payload of a 1-D contiguous fp32 CPU tensor; NonFiniteError if it holds NaN or infinity."""
+    def encode(self, tensor: Tensor, key: Key = ()) -> bytes:
+        """Payload of a 1-D contiguous fp32 CPU tensor; NonFiniteError if it holds NaN or infinity.
+
+        Stochastic rounding is a function of the codec's seed and `key`, which names the message; others ignore it.
+        """
         ...
 
-    def encode_rest(self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor) -> bytes:
+    def encode_rest(
+        self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor, key: Key = ()
+    ) -> bytes:
         """Payload of e = beta*`error` + `delta`; `residual` <- e - decoded, undefined after NonFiniteError."""
         ...
 
@@ -73,26 +83,40 @@ class Codec(Protocol):
         """L2 norm of the decoded values, summed in fp64."""
         ...
 
+    def checked(self, payload: Payload, n: int) -> Any:
+        """The payload after every check, not copied, as `add_checked` takes it; or CorruptDataError."""
+        ...
+
+    def add_checked(self, payloads: Sequence[Any], weights: Sequence[float], out: Tensor) -> None:
+        """`decode_add` of what `checked` gave, in this order."""
+        ...
+
 
 class _OnKernels(ABC):
-    """What is the same for all codecs once a payload is known to be sound (`_checked`)."""
+    """What is the same for all codecs once a payload is known to be sound (`checked`)."""
 
     __slots__ = ()
 
-    def encode(self, tensor: Tensor) -> bytes:
-        tensor = flat(tensor)
-        return self._sent(ops.encode(x=tensor, **self._options()), tensor)
+    @property
+    def stochastic(self) -> bool:
+        return False
 
-    def encode_rest(self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor) -> bytes:
-        delta = flat(delta)
+    def encode(self, tensor: Tensor, key: Key = ()) -> bytes:
+        tensor = flat(tensor)
+        return self._sent(ops.encode(x=tensor, seed=self._draws(key), **self._options()), tensor)
+
+    def encode_rest(
+        self, delta: Tensor, error: Tensor | None, beta: float, residual: Tensor, key: Key = ()
+    ) -> bytes:
+        delta, draws = flat(delta), self._draws(key)
         if error is None:
             residual.zero_()
-        made = ops.encode(x=delta, error=error, residual=residual, beta=beta, **self._options())
+        made = ops.encode(x=delta, error=error, residual=residual, beta=beta, seed=draws, **self._options())
         return self._sent(made, delta)
 
     def decode(self, payload: Payload, n: int) -> Tensor:
         out = torch.empty(n, dtype=torch.float32)
-        ops.merge(out, self._checked(payload, n), 0.0, **self._options())
+        ops.merge(out, self.checked(payload, n), 0.0, **self._options())
         return out
 
     def decode_add(self, payload: Payload, weight: float, out: Tensor) -> None:
@@ -100,12 +124,14 @@ class _OnKernels(ABC):
 
     def decode_add_all(self, payloads: Sequence[Payload], weights: Sequence[float], out: Tensor) -> None:
         out = flat(out)
-        checked = [self._checked(payload, out.numel()) for payload in payloads]
-        ops.decode_accumulate(payloads=checked, weights=weights, out=out, **self._options())
+        self.add_checked([self.checked(payload, out.numel()) for payload in payloads], weights, out)
+
+    def add_checked(self, payloads: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        ops.decode_accumulate(payloads=payloads, weights=weights, out=out, **self._options())
 
     def norm(self, payload: Payload, n: int) -> float:
         return math.sqrt(
-            float(ops.squared_norms(payloads=[self._checked(payload, n)], n=n, **self._options()))
+            float(ops.squared_norms(payloads=[self.checked(payload, n)], n=n, **self._options()))
         )
 
     def _sent(self, made: ops.Encoded, tensor: Tensor) -> bytes:
@@ -116,12 +142,16 @@ class _OnKernels(ABC):
             )
         return to_bytes(made.payload)
 
+    def _draws(self, key: Key) -> int | None:
+        """The seed of this message's stochastic rounding; None rounds to nearest."""
+        return None
+
     @abstractmethod
     def _options(self) -> dict[str, Any]:
         """The codec as `ops` takes it."""
 
     @abstractmethod
-    def _checked(self, payload: Payload, n: int) -> Tensor:
+    def checked(self, payload: Payload, n: int) -> Tensor:
         """The bytes of `payload` (uint8, not copied) after every check, or CorruptDataError."""
 
 
@@ -145,7 +175,7 @@ class _Cast(_OnKernels):
     def _options(self) -> dict[str, Any]:
         return {"codec": self.name}
 
-    def _checked(self, payload: Payload, n: int) -> Tensor:
+    def checked(self, payload: Payload, n: int) -> Tensor:
         data = sized(self.name, payload, self.wire_size(n), n)
         fine = cpu.holds_numbers_only(Settings(self.name), data, n)
         if fine is None:
@@ -157,10 +187,12 @@ class _Cast(_OnKernels):
 
 @dataclass(frozen=True, slots=True)
 class _Block(_OnKernels):
-    """int8, e4m3, e5m2, e3m0, e2m1, nf4, int4."""
+    """int8, e4m3, e5m2, e3m0, e2m1, nf4, int4. `seed` is the run's, for `stochastic` rounding alone."""
 
     name: str
     block: int
+    stochastic: bool = False
+    seed: int = 0
 
     @property
     def id(self) -> int:
@@ -169,10 +201,17 @@ class _Block(_OnKernels):
     def wire_size(self, n: int) -> int:
         return blocks.block_size(self.name, n, self.block)
 
+    def _draws(self, key: Key) -> int | None:
+        if not self.stochastic:
+            return None
+        named = struct.pack(f"<{1 + len(key)}Q", self.seed, *key)
+        # 63 bits: the operators' integers have a sign.
+        return int.from_bytes(hashlib.sha256(named).digest()[:8], "little") >> 1
+
     def _options(self) -> dict[str, Any]:
         return {"codec": self.name, "block": self.block}
 
-    def _checked(self, payload: Payload, n: int) -> Tensor:
+    def checked(self, payload: Payload, n: int) -> Tensor:
         data = sized(self.name, payload, self.wire_size(n), n)
         # A payload starts at any address; the copy of its scales is aligned for fp32.
         scales = blocks.scales_of(data[: 4 * blocks.scale_count(n, self.block)].clone(), n, self.block)
@@ -219,7 +258,7 @@ class _Stat(_OnKernels):
     def _options(self) -> dict[str, Any]:
         return {"codec": "stat", "bits": self.bits, "groups": self.spans}
 
-    def _checked(self, payload: Payload, n: int) -> Tensor:
+    def checked(self, payload: Payload, n: int) -> Tensor:
         data = sized(self.name, payload, self.wire_size(n), n)
         groups = len(self._groups(n))
         constants = data[: 4 * groups * (1 + (1 << self.bits))].clone()
@@ -255,7 +294,7 @@ class _TopK(_OnKernels):
     def _options(self) -> dict[str, Any]:
         return {"codec": "topk", "k": self.k, "block": self.block, "bits": self.bits}
 
-    def _checked(self, payload: Payload, n: int) -> Tensor:
+    def checked(self, payload: Payload, n: int) -> Tensor:
         data = sized(self.name, payload, self.wire_size(n), n)
         index = topk.indices_of(data, n, self.k, self.block)
         if bool((index >= self.block).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
@@ -270,31 +309,34 @@ class _TopK(_OnKernels):
 def get(name: str, **options: Any) -> Codec:
     """The codec called `name`.
 
-    Options: `block` for int8 .. int4 (a power of two, default 256, 64 for nf4); `bits` (2, 4 or 8, default 4) and
-    `spans` (sizes of the groups) for stat; `k` (even, default 64), `chunk` (default 4096) and `bits` (default 2) for
-    topk; `stochastic`, which may only be False. Raises ConfigError naming the option, its value and the fix.
+    Options: `block` (a power of two, default 256, 64 for nf4), `stochastic` (round at random, without bias) and its
+    `seed` for int8 .. int4; `bits` (2, 4 or 8, default 4) and `spans` (sizes of the groups) for stat; `k` (even,
+    default 64), `chunk` (default 4096) and `bits` (default 2) for topk. ``stochastic=False`` fits all.
+    Raises ConfigError naming the option, its value and the fix.
     """
     if name not in NAMES:
         raise ConfigError(f"unknown codec {name!r}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
-    if options.pop("stochastic", False) is not False:
-        raise ConfigError(f"codec {name}: stochastic rounding is not available; leave codec.stochastic false")
+    stochastic, seed = options.pop("stochastic", False), options.pop("seed", 0)
+    if type(stochastic) is not bool or (stochastic and name not in blocks.DIVISOR):
+        raise ConfigError(
+            f"codec {name}: stochastic={stochastic!r} is for {', '.join(blocks.DIVISOR)}; leave codec.stochastic false"
+        )
     if name in ref.CAST_DTYPES:
-        _known_options(name, options, ())
+        known_options(name, options, ())
         return _Cast(name)
     if name in blocks.DIVISOR:
-        _known_options(name, options, ("block",))
-        return _Block(
-            name, _power_of_two(name, "block", options.get("block", 64 if name == "nf4" else 256), MAX_BLOCK)
-        )
+        known_options(name, options, ("block",))
+        block = power_of_two(name, "block", options.get("block", 64 if name == "nf4" else 256), MAX_BLOCK)
+        return _Block(name, block, stochastic, seed if stochastic else 0)
     if name == "stat":
-        _known_options(name, options, ("bits", "spans"))
-        return _Stat(_bits(name, options.get("bits", 4)), _spans(options.get("spans", ())))
-    _known_options(name, options, ("k", "chunk", "bits"))
-    chunk = _power_of_two(name, "chunk", options.get("chunk", 4096), MAX_CHUNK)
+        known_options(name, options, ("bits", "spans"))
+        return _Stat(bits_of(name, options.get("bits", 4)), spans_of(options.get("spans", ())))
+    known_options(name, options, ("k", "chunk", "bits"))
+    chunk = power_of_two(name, "chunk", options.get("chunk", 4096), MAX_CHUNK)
     k = options.get("k", 64)
     if type(k) is not int or k < 2 or k % 2 or k > chunk:
         raise ConfigError(f"codec topk: k={k!r} must be an even integer from 2 to the chunk of {chunk}")
-    return _TopK(k, chunk, _bits(name, options.get("bits", 2)))
+    return _TopK(k, chunk, bits_of(name, options.get("bits", 2)))
 
 
 def by_id(id: int, block: int = 0) -> Codec:
@@ -338,31 +380,3 @@ def infer(id: int, block: int, n: int, payload_len: int) -> Codec:
     raise CorruptDataError(
         f"{codec.name} payload of {payload_len} bytes, want {codec.wire_size(n)} for n={n}"
     )
-
-
-def _known_options(name: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
-    for option in options:
-        if option not in known:
-            takes = ", ".join((*known, "stochastic"))
-            raise ConfigError(
-                f"codec {name}: unknown option {option!r}{nearest(option, known)}; it takes {takes}"
-            )
-
-
-def _power_of_two(name: str, option: str, value: Any, largest: int) -> int:
-    if type(value) is not int or not 2 <= value <= largest or value & (value - 1):
-        raise ConfigError(f"codec {name}: {option}={value!r} must be a power of two from 2 to {largest}")
-    return value
-
-
-def _bits(name: str, value: Any) -> int:
-    if type(value) is not int or value not in stat.BITS:
-        raise ConfigError(f"codec {name}: bits={value!r} must be 2, 4 or 8")
-    return value
-
-
-def _spans(value: Any) -> tuple[int, ...]:
-    spans = tuple(value)
-    if not all(type(span) is int and span > 0 for span in spans):
-        raise ConfigError(f"codec stat: spans={value!r} must be positive integers")
-    return spans

@@ -18,7 +18,6 @@ from diloco.comms.codec import Codec, get
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.frame import FLAG_FINAL, decode_frame, encode_frame, is_final, unpack
 from diloco.comms.messages import Buffer
-from diloco.config import Codec as CodecConfig
 from diloco.errors import CorruptDataError
 from diloco.outer import OuterShard, State
 from diloco.overlap import Bases, advance
@@ -81,18 +80,6 @@ class Part:
     index: int
     weight: float
     frame: Buffer = field(repr=False)
-
-
-def uplink_codec(config: CodecConfig) -> Codec:
-    """The codec that the configuration's [codec] section names, for contributions and requantised updates."""
-    match config.up:
-        case "fp32" | "fp16" | "bf16":
-            return get(config.up)
-        case "stat":
-            return get("stat")
-        case "topk":
-            return get("topk", k=config.topk, chunk=config.chunk)
-    return get(config.up, block=config.block)
 
 
 def weighted_mean(parts: Sequence[Part], numel: int, codec: Codec) -> Tensor:
@@ -170,13 +157,13 @@ def close(
         return tuple((p.index, p.frame) for p in sorted(parts, key=lambda p: p.index))
     if mode == "mean_q":
         frame = encode_frame(codec, mean, **label, flags=FLAG_FINAL if final else 0)
-        advance(shard, decode_frame(frame)[1], len(parts), final=final)
+        advance(shard, decode_frame(frame, codec=codec)[1], len(parts), final=final)
     elif mode == "q4_ef":
         assert ledger.feedback is not None
         update = shard.optimizer.update(shard.params, mean, shard.state)
         frame = encode_frame(ledger.feedback, update, **label)
         ledger.feedback.commit()
-        shard.subtract(decode_frame(frame)[1])
+        shard.subtract(decode_frame(frame, codec=codec)[1])
     elif mode == "g_bf16":
         assert ledger.master is not None
         # Workers measured from the rounded copy: rebase to the master, as if they had sent their parameters.
@@ -215,7 +202,7 @@ def open_commit(
         return
     if not frames:
         raise CorruptDataError("a commit without frames: only a snapshot brings its value")
-    values = decode_frame(frames[0][1])[1]
+    values = decode_frame(frames[0][1], codec=codec if mode in ("mean_q", "q4_ef") else None)[1]
     if mode == "mean_q":
         advance(shard, values, len(weights), final=is_final(frames[0][1]))
     elif mode == "q4_ef":

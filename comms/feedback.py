@@ -39,8 +39,8 @@ class ErrorFeedback:
         """Whether a message is out whose fate is unknown."""
         return self._before is not None
 
-    def encode(self, delta: Tensor) -> bytes:
-        """Payload of beta*e + `delta` (fp32 [n]); e becomes what the payload does not say.
+    def encode(self, delta: Tensor, key: tuple[int, ...] = ()) -> bytes:
+        """Payload of beta*e + `delta` (fp32 [n]); e becomes what the payload does not say. `key`: see `Codec.encode`.
 
         NonFiniteError leaves e as it was. RuntimeError while a message is pending: the fate of the last one must
         be known before e can be built upon.
@@ -57,7 +57,7 @@ class ErrorFeedback:
             )
         spare, self._spare = self._spare, None
         after = torch.empty_like(before) if spare is None or spare.shape != before.shape else spare
-        payload = self.codec.encode_rest(delta, before, self.beta, after)
+        payload = self.codec.encode_rest(delta, before, self.beta, after, key)
         self.residual, self._before = after, before
         return payload
 

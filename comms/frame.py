@@ -26,6 +26,8 @@ from diloco.kernels.reference import parts
 MAGIC = b"LC01"
 FLAG_STOCHASTIC, FLAG_EF, FLAG_PER_ROW = 1, 2, 4
 FLAG_FINAL = 8  # the distance to a worker's last parameters: the round ends its run and averages them
+# Stands for the sender in the key of stochastic rounding, so that a commit draws other numbers than any worker.
+COORDINATOR = 0xFFFFFFFF
 # How far the norm of the decoded values may be from the one in the header, relative.
 NORM_TOLERANCE = 1e-3
 
@@ -88,6 +90,11 @@ def unpack(
     return header, payload
 
 
+def read_header(frame: Payload, *, max_payload: int | None = None) -> FrameHeader:
+    """The header alone, of a frame whose payload has the length that it says. Raises CorruptDataError."""
+    return _split(memoryview(frame).cast("B"), max_payload)[0]
+
+
 def encode_frame(
     encoder: Codec | ErrorFeedback,
     delta: Tensor,
@@ -104,12 +111,19 @@ def encode_frame(
 ) -> bytes:
     """Frame of `delta` (fp32 [n]) as the codec, or the error feedback around one, encodes it.
 
-    `flags`: FLAG_FINAL or nothing; the others follow from the encoder.
+    `flags`: FLAG_FINAL or nothing; the others follow from the encoder. Stochastic rounding is decided by (run, sender,
+    fragment, round) and the codec's own seed; incarnation 0 is the coordinator.
     Raises NonFiniteError for NaN, infinity, or a norm beyond fp32; an error feedback is then as before.
     """
     feedback = encoder if isinstance(encoder, ErrorFeedback) else None
     codec = encoder.codec if isinstance(encoder, ErrorFeedback) else encoder
-    payload = encoder.encode(delta)
+    if feedback is not None:
+        flags |= FLAG_EF
+    if codec.stochastic:
+        flags |= FLAG_STOCHASTIC
+    if _has_spans(codec):
+        flags |= FLAG_PER_ROW
+    payload = encoder.encode(delta, (run_id, worker if incarnation else COORDINATOR, fragment, round))
     norm = codec.norm(payload, delta.numel())
     if not _fits_fp32(norm):
         if feedback is not None:
@@ -117,7 +131,7 @@ def encode_frame(
         raise NonFiniteError(f"the norm {norm:g} of fragment {fragment} does not fit fp32")
     header = FrameHeader(
         codec=codec.id,
-        flags=flags | (FLAG_EF if feedback is not None else 0) | (FLAG_PER_ROW if _has_spans(codec) else 0),
+        flags=flags,
         block=codec.block,
         fragment=fragment,
         round=round,
@@ -194,14 +208,7 @@ def model_digest(digests: Iterable[str]) -> str:
 def _unpack(
     frame: memoryview, max_payload: int | None, expected: Codec | None
 ) -> tuple[FrameHeader, Codec, memoryview]:
-    header = _parse(frame)
-    payload = frame[HEADER_SIZE:]
-    if header.payload_len != payload.nbytes:
-        raise CorruptDataError(
-            f"frame carries {payload.nbytes} payload bytes, its header says {header.payload_len}"
-        )
-    if max_payload is not None and payload.nbytes > max_payload:
-        raise CorruptDataError(f"payload of {payload.nbytes} bytes is above the limit of {max_payload}")
+    header, payload = _split(frame, max_payload)
     if expected is None:
         used = codec_of(header)
     else:
@@ -212,13 +219,15 @@ def _unpack(
     return header, used, payload
 
 
-def _split(frame: memoryview) -> tuple[FrameHeader, memoryview]:
+def _split(frame: memoryview, max_payload: int | None = None) -> tuple[FrameHeader, memoryview]:
     header = _parse(frame)
     payload = frame[HEADER_SIZE:]
     if header.payload_len != payload.nbytes:
         raise CorruptDataError(
             f"frame carries {payload.nbytes} payload bytes, its header says {header.payload_len}"
         )
+    if max_payload is not None and payload.nbytes > max_payload:
+        raise CorruptDataError(f"payload of {payload.nbytes} bytes is above the limit of {max_payload}")
     return header, payload
 
 
@@ -279,6 +288,10 @@ def _require_expected(header: FrameHeader, codec: Codec) -> None:
     if bool(header.flags & FLAG_PER_ROW) != _has_spans(codec):
         raise CorruptDataError(
             f"frame flags {header.flags:#04x} do not match the groups of codec {codec.name}"
+        )
+    if bool(header.flags & FLAG_STOCHASTIC) != codec.stochastic:
+        raise CorruptDataError(
+            f"frame flags {header.flags:#04x} do not match the rounding of codec {codec.name}"
         )
     spans: tuple[int, ...] = getattr(codec, "spans", ())
     if spans and sum(spans) != header.n:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diloco.comms.codec import Codec
-from diloco.comms.frame import NORM_TOLERANCE, FrameHeader, unpack
+from diloco.comms.frame import NORM_TOLERANCE, FrameHeader, read_header, unpack
 from diloco.comms.messages import Buffer
 from diloco.coordinator.membership import Member
 from diloco.errors import CorruptDataError
@@ -24,6 +24,7 @@ CAUSES = ("corrupt", "ahead", "stale", "steps", "tokens", "values", "norm", "qua
 
 MAX_NORM = 1e18  # its square still is an fp32 number, so no outer optimizer can overflow
 MAX_TOKENS_PER_STEP = 1 << 32
+MAX_SHARD = 1 << 50  # tokens
 TOKEN_FACTOR = 8  # how far tokens per step may be from what the same worker has had so far, either way
 
 
@@ -84,7 +85,7 @@ def check_header(
         raise Unfit("corrupt", f"fragment {fragment} does not exist; the plan has {len(plan.fragments)}")
     numel = plan.fragments[fragment].numel
     try:
-        header, payload = unpack(frame, max_payload=codec.wire_size(numel))
+        header = read_header(frame, max_payload=codec.wire_size(numel))
     except CorruptDataError as error:
         raise Unfit("corrupt", str(error)) from None
     expect = {"fragment": fragment, "run_id": run_hash, "n": numel, "codec": codec.id, "block": codec.block}
@@ -107,6 +108,16 @@ def check_header(
     if member is not None:
         _require_counts(header, plan.H, member)
     return header, payload
+
+
+def check_shard(mode: str, shard: int, member: Member) -> None:
+    """Under weights.mode = "shard": a size that data can have, and the same in all of this life's contributions."""
+    if mode != "shard":
+        return
+    if not 1 <= shard <= MAX_SHARD:
+        raise Unfit("tokens", f"shard = {shard} tokens lies outside 1..2^50 = {MAX_SHARD}")
+    if member.shard not in (0, shard):
+        raise Unfit("tokens", f"shard = {shard} tokens, where this worker said {member.shard} before")
 
 
 def _require_counts(header: FrameHeader, H: int, member: Member) -> None:

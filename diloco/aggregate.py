@@ -16,7 +16,7 @@ from diloco.errors import ConfigError
 from diloco.fragments import Fragment
 from diloco.sums import norm, weighted_sum
 
-MODES = ("uniform", "tokens", "tokens_rate")
+MODES = ("uniform", "tokens", "tokens_rate", "shard")
 
 # Dotted or underscored parts of a name that say "embedding": embed, tok_embeddings, embed_tokens, wte, wpe.
 _EMBEDDING = re.compile(r"(?:^|[._])(?:wte|wpe|(?:un)?emb(?:ed\w*|s)?)(?=[._]|$)")
@@ -29,25 +29,31 @@ def weights(
     tokens: Sequence[int],
     *,
     steps: Sequence[int] | None = None,
+    shards: Sequence[int] | None = None,
     staleness: Sequence[int] | None = None,
     staleness_pow: float = 0.5,
 ) -> list[float]:
     """Weights that sum to 1 over the accepted contributions, normalised in fp64.
 
     ``uniform`` counts heads; ``tokens`` counts the tokens each contribution trained on; ``tokens_rate`` is
-    tokens * (tokens / steps), which favours big batches (2604.21428). Nothing to count: uniform. A contribution
+    tokens * (tokens / steps), which favours big batches (2604.21428); ``shard`` counts the tokens that each one's
+    data has (`shards`), for data that is not alike (2311.08105). Nothing to count: uniform. A contribution
     whose base is `staleness` commits old is multiplied by ``(1 + staleness)^-staleness_pow`` (2401.09135).
-    Raises ConfigError on an unknown mode, or on ``tokens_rate`` without `steps`.
+    Raises ConfigError on an unknown mode, ``tokens_rate`` without `steps`, or ``shard`` without `shards`.
     """
     if mode not in MODES:
         raise ConfigError(f"weights.mode = {mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
     if mode == "tokens_rate" and steps is None:
         raise ConfigError("weights.mode = 'tokens_rate' needs the steps of each contribution")
+    if mode == "shard" and shards is None:
+        raise ConfigError("weights.mode = 'shard' needs the size of each worker's shard")
     sizes: list[float] = [1.0] * len(tokens)
     if mode == "tokens" and any(tokens):
         sizes = [count for count in tokens]
     elif mode == "tokens_rate" and steps is not None and any(tokens):
         sizes = [count * (count / max(1, s)) for count, s in zip(tokens, steps, strict=True)]
+    elif mode == "shard" and shards is not None and any(shards):
+        sizes = [size for size in shards]
     if staleness is not None:
         sizes = [size * staleness_weight(s, staleness_pow) for size, s in zip(sizes, staleness, strict=True)]
     total = sum(sizes)

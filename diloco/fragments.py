@@ -17,18 +17,23 @@ from torch import Tensor
 
 from diloco.errors import ConfigError
 
+ROLES = ("matrix", "embed", "head", "router", "scalar")  # as `diloco.optim.groups.place` sorts parameters
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Elements [start, stop) of the row-major flattened tensor `name`, at `offset` in its fragment's buffer."""
+    """Elements [start, stop) of the row-major flattened tensor `name`, at `offset` in its fragment's buffer.
+
+    `role` is one of `ROLES` where the plan tells roles, else empty.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
     offset: int
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class FragmentPlan:
     def describe(self) -> str:
         """The whole plan as canonical JSON: what a joining worker shows and `from_description` reads."""
         fragments = [
-            {"first_step": f.first_step, "spans": [[s.name, list(s.shape), s.start, s.stop] for s in f.spans]}
+            {"first_step": f.first_step, "spans": [_described(span) for span in f.spans]}
             for f in self.fragments
         ]
         plan = {"H": self.H, "first_round": self.first_round, "fragments": fragments}
@@ -94,7 +99,10 @@ class FragmentPlan:
                 _fragment(
                     i,
                     int(f["first_step"]),
-                    [(str(s[0]), tuple(map(int, s[1])), int(s[2]), int(s[3])) for s in f["spans"]],
+                    [
+                        (str(s[0]), tuple(map(int, s[1])), int(s[2]), int(s[3]), str(s[4]) if s[4:] else "")
+                        for s in f["spans"]
+                    ],
                 )
                 for i, f in enumerate(raw["fragments"])
             )
@@ -107,6 +115,8 @@ class FragmentPlan:
             raise ConfigError(
                 f"the fragment plan's first_round = {plan.first_round!r} is not 'short' or 'full'"
             )
+        if unknown := {s.role for f in plan.fragments for s in f.spans} - {*ROLES, ""}:
+            raise ConfigError(f"the fragment plan has tensors of the unknown role {min(unknown)!r}")
         if any(not 0 <= f.first_step < plan.H for f in plan.fragments):
             raise ConfigError(f"a fragment's first_step lies outside 0..H-1 = {plan.H - 1}")
         _require_whole(plan)
@@ -124,17 +134,29 @@ class FragmentPlan:
         for name in theirs:
             if name not in ours:
                 return f"tensor {name!r} of the worker's model does not exist in the run"
+        roles = {s.name: s.role for f in other.fragments for s in f.spans}
+        for span in (s for f in self.fragments for s in f.spans):
+            if roles[span.name] != span.role:
+                return (
+                    f"tensor {span.name!r} has role {roles[span.name]!r} in the worker's model and {span.role!r} in the "
+                    "run, and so another codec"
+                )
         if len(self.fragments) != len(other.fragments):
             return f"the worker has {len(other.fragments)} fragments and the run {len(self.fragments)}"
         return "the fragments' order, ranges or schedule differ: use the same [stream] settings"
 
 
+def _described(span: Span) -> list[object]:
+    role = [span.role] if span.role else []
+    return [span.name, list(span.shape), span.start, span.stop, *role]
+
+
 def _fragment(
-    index: int, first_step: int, parts: Iterable[tuple[str, tuple[int, ...], int, int]]
+    index: int, first_step: int, parts: Iterable[tuple[str, tuple[int, ...], int, int, str]]
 ) -> Fragment:
     spans, offset = [], 0
-    for name, shape, start, stop in parts:
-        spans.append(Span(name, shape, start, stop, offset))
+    for name, shape, start, stop, role in parts:
+        spans.append(Span(name, shape, start, stop, offset, role))
         offset += stop - start
     return Fragment(index, tuple(spans), first_step)
 
@@ -170,13 +192,15 @@ def build_plan(
     frag_layers: int = 3,
     offsets: str | Sequence[int] = "auto",
     first_round: str = "short",
+    roles: Mapping[str, str] | None = None,
 ) -> FragmentPlan:
     """Cut a model into fragments of whole blocks (2501.18512 section 2.1).
 
     `shapes` maps each trainable tensor once (a tied tensor under one name) to its shape, in declaration order.
     ``strided`` puts block l into fragment l mod ceil(L / frag_layers), ``sequential`` puts neighbours together,
     ``balanced`` packs tensors greedily by size (2604.21428), ``single`` makes one fragment. Tensors outside
-    the blocks (embedding, head, final norm) form one more fragment. Raises ConfigError on an empty model,
+    the blocks (embedding, head, final norm) form one more fragment. `roles` are the tensors' roles, for runs in which
+    codecs depend on them: they become part of the plan and its digest. Raises ConfigError on an empty model,
     an unknown layout, or offsets that do not fit.
     """
     if not shapes:
@@ -196,7 +220,11 @@ def build_plan(
             )
     return FragmentPlan(
         tuple(
-            _fragment(p, first_steps[p], [(n, tuple(shapes[n]), 0, math.prod(shapes[n])) for n in names])
+            _fragment(
+                p,
+                first_steps[p],
+                [(n, tuple(shapes[n]), 0, math.prod(shapes[n]), roles[n] if roles else "") for n in names],
+            )
             for p, names in enumerate(bins)
         ),
         H,

@@ -16,6 +16,7 @@ from torch import Tensor
 from diloco import outer
 from diloco.config import RunConfig
 from diloco.outer import OuterOptimizer, OuterShard, State, _Steps
+from diloco.outer_clip import Clipped
 
 
 def eager_update(
@@ -179,8 +180,11 @@ def outer_optimizer(config: RunConfig) -> OuterOptimizer:
     """What moves the value that all nodes share, as the configuration's [outer], [stream] and [weights] say."""
     o, w = config.outer, config.weights
     if config.stream.overlap == "async" and o.kind == "nesterov":
-        return DelayedNesterov(o.lr, o.momentum, w.dn_N, w.dn_c)
-    plain = outer.make(
-        o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
-    )
-    return EagerAverage(plain) if config.stream.overlap == "eager" else plain
+        plain: OuterOptimizer = DelayedNesterov(o.lr, o.momentum, w.dn_N, w.dn_c)
+    else:
+        plain = outer.make(
+            o.kind, lr=o.lr, momentum=o.momentum, gpa_lr=o.gpa_lr, gpa_mu_x=o.gpa_mu_x, gpa_mu_y=o.gpa_mu_y
+        )
+    if config.stream.overlap == "eager":  # never clipped: an average of steps must stay a step of the average
+        return EagerAverage(plain)
+    return plain if o.gradient_clip is None else Clipped(plain, o.gradient_clip)

@@ -319,7 +319,7 @@ def test_topk_refuses_indices_that_repeat_or_leave_the_chunk() -> None:
         ("stat", {"bits": 3}, "bits=3 must be 2, 4 or 8"),
         ("topk", {"k": 3}, "k=3 must be an even"),
         ("topk", {"k": 66, "chunk": 64}, "k=66 must be an even"),
-        ("e3m0", {"stochastic": True}, "leave codec.stochastic false"),
+        ("stat", {"stochastic": True}, "leave codec.stochastic false"),
     ],
 )
 def test_a_wrong_name_or_option_says_what_is_right(name: str, options: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ def test_weights_of_every_mode_sum_to_one(mode: str, found: list[tuple[int, int,
     """I8: with or without staleness, over the accepted contributions only."""
     tokens, steps, stale = ([row[i] for row in found] for i in range(3))
     for staleness in (None, stale):
-        shares = weights(mode, tokens, steps=steps, staleness=staleness)
+        shares = weights(mode, tokens, steps=steps, shards=tokens, staleness=staleness)
         assert sum(shares) == pytest.approx(1.0, abs=1e-12)
         assert len(shares) == len(tokens) and min(shares) >= 0
 
@@ -34,6 +34,14 @@ def test_tokens_rate_counts_tokens_times_tokens_per_step() -> None:
     assert weights("tokens_rate", [0, 0], steps=[10, 20]) == [0.5, 0.5]
     with pytest.raises(ConfigError, match="steps"):
         weights("tokens_rate", [1, 2])
+
+
+def test_shard_counts_the_data_and_not_what_was_read_of_it() -> None:
+    """2311.08105: proportional to the shards' sizes; nobody's size known: uniform."""
+    assert weights("shard", [10, 90], shards=[300, 100]) == [0.75, 0.25]
+    assert weights("shard", [10, 90], shards=[0, 0]) == [0.5, 0.5]
+    with pytest.raises(ConfigError, match="size of each worker's shard"):
+        weights("shard", [10, 90])
 
 
 def test_a_stale_contribution_weighs_less_by_the_root_of_its_age() -> None:
