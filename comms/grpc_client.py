@@ -7,6 +7,7 @@ Transfers are in `diloco.comms.grpc_transfers`.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import json
@@ -24,9 +25,11 @@ from diloco.comms.chunks import CHUNK_BYTES, MAX_CHUNK_BYTES
 from diloco.comms.convert import coordinator_from_proto, coordinator_refs, parse, worker_to_proto
 from diloco.comms.grpc_options import aio, grpc
 from diloco.comms.grpc_transfers import Lane, Transfers, backoff_s, is_cancelled
+from diloco.comms.link_meter import LinkRates
 from diloco.comms.machine import COORDINATOR, Connected, Event, Lost, Received
 from diloco.comms.messages import (
     Contribution,
+    Fetch,
     FromCoordinator,
     FromWorker,
     Initial,
@@ -90,6 +93,7 @@ class GrpcConnection:
         self._call: aio.StreamStreamCall[bytes, bytes] | None = None
         self._latest: dict[int, asyncio.Task[None]] = {}  # per fragment, the last delivery
         self._deliveries: set[asyncio.Task[None]] = set()
+        self._snapshots: collections.Counter[int] = collections.Counter()  # per fragment, on their way here
         self._closed = False
         self._main: asyncio.Task[None] | None = None
         loop.run(self._start())
@@ -120,6 +124,13 @@ class GrpcConnection:
 
     def traffic(self) -> tuple[int, int]:
         return self._transfers.bytes_up, self._transfers.bytes_down
+
+    def rates(self) -> LinkRates:
+        return self._transfers.meter.read()
+
+    def expect(self, deadlines: Mapping[int, float], share: float) -> None:
+        if not self._closed:
+            loop.shared_loop().call_soon_threadsafe(self._transfers.expect, deadlines, share)
 
     def close(self) -> None:
         """Let queued control messages out (at most 2 s), then end everything. May be called twice."""
@@ -174,6 +185,8 @@ class GrpcConnection:
                     data = [self._channel(address) for _ in range(self._channels)]
                     link = Lane(response.opened.session, control, data)
                     self._transfers.attach(link)
+                elif response.message.refused.kind == "standby":
+                    return False  # the next address may be that of the coordinator
                 else:
                     self._dispatch(response.message)
             await self._tell_refusal(call)
@@ -233,6 +246,8 @@ class GrpcConnection:
             return
         if self._outgoing is None or not (self._joined or isinstance(message, Join)):
             return  # offline, or meant for a session that is over
+        if isinstance(message, Fetch) and not message.differs and self._snapshots[message.fragment]:
+            return  # what it asks for is on its way, however long the link takes
         self._joined = True
         request = pb.SessionRequest(message=worker_to_proto(message))
         self._outgoing.put_nowait(request.SerializeToString())
@@ -258,14 +273,17 @@ class GrpcConnection:
         if before is None and not refs:
             self._deliver(coordinator_from_proto(proto))
             return
-        frames = [self._transfers.download(ref) for ref in refs]
+        is_snapshot = kind == "snapshot"
+        frames = [self._transfers.download(ref, fragment, urgent=is_snapshot) for ref in refs]
         task = asyncio.create_task(self._deliver_in_order(proto, frames, before))
         self._latest[fragment] = task
         self._deliveries.add(task)
-        task.add_done_callback(lambda done: self._forget(fragment, done))
+        self._snapshots[fragment] += is_snapshot
+        task.add_done_callback(lambda done: self._forget(fragment, done, is_snapshot))
 
-    def _forget(self, fragment: int, done: asyncio.Task[None]) -> None:
+    def _forget(self, fragment: int, done: asyncio.Task[None], was_snapshot: bool) -> None:
         self._deliveries.discard(done)
+        self._snapshots[fragment] -= was_snapshot
         if self._latest.get(fragment) is done:
             del self._latest[fragment]
 

@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import re
+import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from diloco.errors import ConfigError
 
 T = TypeVar("T")
+Tap = Callable[[int, bool, bytes], bytes]
 
-PIECE = 8192  # bytes that hold the link at a time: others get their turn after each
+PIECE = 8688  # bytes that hold the link at a time, six packets: others get their turn after each
 PACKET = 1448  # bytes of payload per packet, the unit of loss
+HEADERS = 52  # bytes of IP and TCP around it, which hold the link too
+# A sender whose next bytes were waiting goes on from where its last ones left, however late its timer woke it, but for
+# more than this.
+CATCH_UP_S = 0.05
 # What may be on its way on one connection: a bound on memory, and on how far a sender can run ahead of the link.
 WINDOW_S = 0.5
 MIN_WINDOW = 4 * PIECE
+# What may wait before the link on one connection, beside what its sender holds.
+KERNEL_S = 0.05
+MIN_KERNEL, MAX_KERNEL = 32 << 10, 4 << 20
 _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -102,26 +112,40 @@ class _Direction:
         self.bytes = 0
         self._free_at = 0.0
 
-    async def take(self, size: int) -> float:
-        """Occupy the link for `size` bytes; returns when the last of them has left (loop time)."""
+    async def take(self, size: int, since: float) -> float:
+        """Occupy the link for `size` bytes that wait `since` then; returns when the last of them has left (loop time)."""
         loop = asyncio.get_running_loop()
-        self._free_at = max(self._free_at, loop.time()) + (size * 8 / self.bps if self.bps else 0.0)
+        wire = size + HEADERS * -(-size // PACKET)
+        self._free_at = max(self._free_at, since) + (wire * 8 / self.bps if self.bps else 0.0)
         leaves = self._free_at
         self.bytes += size
-        # A sender is held back until its bytes have left, but for what a timer cannot resolve.
-        if leaves - loop.time() > 0.001:
-            await asyncio.sleep(leaves - loop.time())
+        if (early := leaves - loop.time()) > 0.001:  # what a timer can resolve
+            await asyncio.sleep(early)
         return leaves
+
+
+def _keep_small(end: asyncio.StreamWriter, bps: float) -> None:
+    """Bound what waits in the kernel to be read from this end.
+
+    The kernel believes in a fast way to the relay and would take megabytes. On a slow link everything behind them on
+    that connection would come seconds late.
+    """
+    if bps:
+        size = min(max(int(bps / 8 * KERNEL_S), MIN_KERNEL), MAX_KERNEL)
+        end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 class Relay:
     """Listens on a free port of 127.0.0.1 and forwards to `host:port` over an emulated `link`.
 
     "up" is towards the target. Runs on a thread of its own; the methods may be called from any other thread.
+    `tap` is called on that thread with (connection, whether up, bytes) for every piece on its way; what it returns,
+    of the same length, goes on instead.
     """
 
-    def __init__(self, host: str, port: int, link: Link, *, seed: int = 0) -> None:
-        self.link = link
+    def __init__(self, host: str, port: int, link: Link, *, seed: int = 0, tap: Tap | None = None) -> None:
+        self.link, self._tap = link, tap
+        self._connections = 0
         self._target = (host, port)
         self._random = random.Random(seed)
         self._up, self._down = _Direction(link.up_bps), _Direction(link.down_bps)
@@ -147,6 +171,14 @@ class Relay:
     def partition(self, cut: bool) -> None:
         """While `cut`, nothing passes in either direction; connections stay open, as in a black hole."""
         self._loop.call_soon_threadsafe(self._open.clear if cut else self._open.set)
+
+    def reshape(self, link: Link) -> None:
+        """From now on the link is `link`, for open connections too."""
+
+        def change() -> None:
+            self.link, self._up.bps, self._down.bps = link, link.up_bps, link.down_bps
+
+        self._loop.call_soon_threadsafe(change)
 
     def reset(self) -> None:
         """Break every connection."""
@@ -184,14 +216,18 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._pumps.add(task)
+        self._connections += 1
+        number = self._connections
         far_writer: asyncio.StreamWriter | None = None
         try:
             await self._open.wait()
             await asyncio.sleep(self.link.rtt_s)  # the handshake
             far_reader, far_writer = await asyncio.open_connection(*self._target, limit=2 * PIECE)
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._pump(reader, far_writer, self._up))
-                both.create_task(self._pump(far_reader, writer, self._down))
+            _keep_small(writer, self._up.bps)
+            _keep_small(far_writer, self._down.bps)
+            async with asyncio.TaskGroup() as both:  # what breaks one way breaks the connection
+                self._carry(both, number, reader, far_writer, self._up)
+                self._carry(both, number, far_reader, writer, self._down)
         except* (OSError, asyncio.CancelledError):  # nobody listens there yet, or the other end is gone
             pass
         finally:
@@ -200,32 +236,51 @@ class Relay:
                 if end is not None:
                     end.transport.abort()
 
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: _Direction
+    def _carry(
+        self,
+        tasks: asyncio.TaskGroup,
+        number: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        way: _Direction,
     ) -> None:
         """From the link's near end to its far end; ends with the stream, and then closes it at the far end."""
         window = max(MIN_WINDOW, int(way.bps / 8 * (WINDOW_S + self.link.rtt_s)))
         travelling: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         room = asyncio.Semaphore(max(1, window // PIECE))
-        delivery = asyncio.create_task(self._deliver(travelling, room, writer))
+        tasks.create_task(self._pump(number, reader, way, travelling, room))
+        tasks.create_task(self._deliver(travelling, room, writer))
+
+    async def _pump(
+        self,
+        number: int,
+        reader: asyncio.StreamReader,
+        way: _Direction,
+        travelling: asyncio.Queue[tuple[float, bytes]],
+        room: asyncio.Semaphore,
+    ) -> None:
         loop = asyncio.get_running_loop()
-        arrives = 0.0
-        try:
-            while data := await reader.read(PIECE):
-                await room.acquire()
-                await self._open.wait()
-                leaves = await way.take(len(data))
-                delay = self.link.rtt_s / 2 + self._random.uniform(0, self.link.jitter_s)
-                packets = -(-len(data) // PACKET)
-                if self.link.loss and self._random.random() < 1 - (1 - self.link.loss) ** packets:
-                    delay += max(self.link.rtt_s, 0.01)
-                arrives = max(arrives, leaves + delay)
-                travelling.put_nowait((arrives, data))
-            travelling.put_nowait((max(arrives, loop.time()), b""))
-            await delivery
-        finally:
-            delivery.cancel()
-            await asyncio.gather(delivery, return_exceptions=True)
+        arrives, left = 0.0, math.inf
+        while True:
+            asked = loop.time()
+            data = await reader.read(PIECE)
+            if not data:
+                break
+            waiting = loop.time() - asked < 0.001  # it was there already
+            if self._tap is not None:
+                data = self._tap(number, way is self._up, data)
+            await room.acquire()
+            await self._open.wait()
+            now = loop.time()
+            since = max(min(left, now), now - CATCH_UP_S) if waiting else now
+            leaves = left = await way.take(len(data), since)
+            delay = self.link.rtt_s / 2 + self._random.uniform(0, self.link.jitter_s)
+            packets = -(-len(data) // PACKET)
+            if self.link.loss and self._random.random() < 1 - (1 - self.link.loss) ** packets:
+                delay += max(self.link.rtt_s, 0.01)
+            arrives = max(arrives, leaves + delay)
+            travelling.put_nowait((arrives, data))
+        travelling.put_nowait((max(arrives, loop.time()), b""))
 
     async def _deliver(
         self,

@@ -43,10 +43,14 @@ def ref_of(key: str, frame: Buffer) -> Ref:
 
 def cut(frame: Buffer, offset: int, end: int, chunk_bytes: int) -> Iterator[Chunk]:
     """`frame[offset:end]` in chunks of `chunk_bytes` bytes, the last one shorter; one copy of each."""
-    view = memoryview(frame).cast("B")
     for start in range(offset, end, chunk_bytes):
-        data = bytes(view[start : min(start + chunk_bytes, end)])
-        yield Chunk(start, crc32c(data), data)
+        yield chunk_of(frame, start, min(start + chunk_bytes, end))
+
+
+def chunk_of(frame: Buffer, start: int, end: int) -> Chunk:
+    """`frame[start:end]` as one chunk; one copy."""
+    data = bytes(memoryview(frame).cast("B")[start:end])
+    return Chunk(start, crc32c(data), data)
 
 
 class Receiving:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -90,11 +91,11 @@ def test_every_byte_arrives_in_order_whatever_the_weather(echo: int, link: Link)
 
 
 def test_nothing_passes_faster_than_rate_and_latency_allow(echo: int) -> None:
-    """A lower bound on the time, so that a slow machine cannot make it fail."""
+    """A lower bound on the time, so that a slow machine cannot make it fail; packets' headers take their part."""
     data = b"x" * 100_000
     with Relay("127.0.0.1", echo, Link(4e6, 4e6, 0.1)) as relay:
         _, seconds = exchange(relay.port, data)
-    assert seconds >= len(data) * 8 / 4e6 + 0.1
+    assert seconds >= len(data) * 1500 / 1448 * 8 / 4e6 + 0.1
 
 
 def test_connections_share_one_bottleneck(echo: int) -> None:
@@ -124,6 +125,30 @@ def test_a_partition_holds_everything_back_and_loses_nothing(echo: int) -> None:
         relay.partition(False)
         sock.settimeout(10)
         assert sock.recv(100) == b"during"
+
+
+def test_a_far_end_that_resets_after_it_has_finished_breaks_the_connection() -> None:
+    """Its way down has ended in order before; a sender must learn that nobody takes what it sends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def finish_and_reset() -> None:
+            far, _ = server.accept()
+            far.shutdown(socket.SHUT_WR)
+            far.recv(1)  # the near end has seen the end of the stream
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+
+        thread = threading.Thread(target=finish_and_reset)
+        thread.start()
+        with (
+            Relay("127.0.0.1", server.getsockname()[1], Link()) as relay,
+            socket.create_connection(("127.0.0.1", relay.port), timeout=20) as sock,
+        ):
+            assert sock.recv(1) == b""
+            with pytest.raises(ConnectionError):
+                while True:
+                    sock.sendall(bytes(1 << 16))
+        thread.join(20)
 
 
 def test_a_reset_breaks_connections_and_new_ones_work(echo: int) -> None:

@@ -10,7 +10,7 @@ from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms.chunks import Chunk, crc32c
 from diloco.comms.convert import worker_to_proto
 from diloco.comms.messages import Commit, Contribution, Join, Snapshot
-from diloco.comms.outbox import Outbox
+from diloco.comms.outbox import READ_S, Outbox
 from diloco.comms.transfer import (
     MAX_AHEAD,
     FencedError,
@@ -216,6 +216,41 @@ def test_the_outbox_holds_the_newest_two_versions_of_each_kind_and_fragment() ->
         "../3/3/0",
     ):
         assert outbox.get(nonsense) is None
+
+
+def test_what_somebody_has_begun_to_read_outlives_newer_versions_for_a_while() -> None:
+    """All frames of that version, as long as no minute passes between two reads; what nobody reads goes at once."""
+    now = 0.0
+    outbox = Outbox(clock=lambda: now)
+    for version in (1, 2):
+        outbox.put(commit(version, b"v%d" % version))
+    assert outbox.get("commit/3/1/0") == b"v1"
+    for version in (3, 4):
+        outbox.put(commit(version, b"v%d" % version))
+    now = READ_S - 1
+    assert outbox.get("commit/3/1/5") == b"v1" and outbox.get("commit/3/2/0") is None
+    now += READ_S - 1
+    outbox.put(commit(5, b"v5"))
+    assert outbox.get("commit/3/1/0") == b"v1"
+    now += READ_S + 1
+    outbox.put(Snapshot(9, 1, "d", ((0, b"s"),)))  # of another fragment: memory comes back all the same
+    assert outbox.get("commit/3/1/0") is None and outbox.get("commit/3/4/0") == b"v4"
+
+
+@given(events=st.lists(st.tuples(st.integers(1, 12), st.booleans(), st.floats(0, 20)), max_size=60))
+def test_the_outbox_holds_at_most_four_versions_whatever_is_read(
+    events: list[tuple[int, bool, float]],
+) -> None:
+    """The newest two that were not forgotten, and two that are read: no reader makes it grow."""
+    now = 0.0
+    outbox = Outbox(clock=lambda: now)
+    for version, reads, wait in events:
+        now += wait
+        if reads:
+            outbox.get(f"commit/3/{version}/0")
+        else:
+            outbox.put(commit(version, b"%d" % version))
+    assert sum(outbox.get(f"commit/3/{version}/0") is not None for version in range(1, 13)) <= 4
 
 
 def test_the_outbox_describes_frames_and_takes_a_changed_one() -> None:
