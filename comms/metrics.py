@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from diloco.comms.address import is_loopback
 from diloco.comms.metrics_tls import start_tls_server
 from diloco.errors import ConfigError, EnvironmentProblem
-from diloco.readout import data_parallel_bytes, number, utilisation, whole
+from diloco.readout import data_parallel_bytes, mean_bps, number, utilisation, whole
 
 PHASES = ("gathering", "seeding", "running", "complete")
 STATES = ("joining", "syncing", "active", "suspect", "dead", "gone")
@@ -49,6 +49,7 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         row = self._progress()
         yield from _training("diloco_worker", [(str(row.get("worker") or ""), row)])
+        yield from _overlap(str(row.get("worker") or ""), row.get("fragments") or {})
         commits = row.get("commits")
         yield _counter("diloco_worker_commits", "Commits this worker has merged.", [], [((), commits)])
 
@@ -215,10 +216,30 @@ def _training(prefix: str, named: Sequence[tuple[str, Row]]) -> Iterable[Metric]
         [((name, way), row.get(f"bytes_{way}")) for name, row in named for way in ("up", "down")],
     )  # fmt: skip
     yield _gauge(
+        f"{prefix}_peak_wire_bits_per_second", "Highest mean rate of updates over a second.", ["worker", "direction"],
+        [((name, way), row.get(f"peak_{way}_bps")) for name, row in named for way in ("up", "down")],
+    )  # fmt: skip
+    yield _gauge(
+        f"{prefix}_mean_wire_bits_per_second", "Mean rate of updates over the run.", ["worker", "direction"],
+        [((name, way), mean_bps(row, way)) for name, row in named for way in ("up", "down")],
+    )  # fmt: skip
+    yield _gauge(
         f"{prefix}_evaluation_loss_nats_per_byte", "Loss on held-out text before and after training.",
         ["worker", "state"],
         [((name, when), row.get(f"eval_{when}")) for name, row in named for when in ("start", "end")],
     )  # fmt: skip
+
+
+def _overlap(worker: str, fragments: Mapping[int, Any]) -> Iterable[Metric]:
+    """Communication per fragment, of the rounds that are over; a wait for several counts for each of them."""
+    for kind, words in (
+        ("exposed", "Time in which compute waited for the fragment's reply."),
+        ("hidden", "Time the fragment was under way while compute did not wait for it."),
+    ):
+        yield _counter(
+            f"diloco_worker_fragment_{kind}_communication_seconds", words, ["worker", "fragment"],
+            [((worker, str(index)), getattr(total, kind)) for index, total in sorted(fragments.items())],
+        )  # fmt: skip
 
 
 def _gauge(name: str, words: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:

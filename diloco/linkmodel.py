@@ -14,6 +14,10 @@ METHODS = ("dp", "diloco", "streaming")
 
 # The published step times assume 60 % MFU; the tables are matched with steps a third longer (45 %).
 CALIBRATION = 4 / 3
+
+# Round trips of one exchange with the coordinator, as this project's transport makes it.
+TRIPS_UP = 1.0  # before the first byte of a contribution may leave: the upload is announced
+TRIPS_BACK = 3.0  # between its last byte and the last of the answer: acknowledged, committed, told, fetched
 _FORWARD, _BACK_ACTIVATION, _BACK_WEIGHT = 0.4, 0.3, 0.3  # shares of a step, fitted to the tables
 
 
@@ -30,6 +34,7 @@ def utilization(
     M: int = 2,
     *,
     traffic: float | None = None,
+    latency: float = 0.0,
 ) -> float:
     """Share of the time spent computing, in (0, 1], while `steps` inner steps run over one serial link.
 
@@ -47,11 +52,14 @@ def utilization(
         method: ``dp`` (every layer, every step), ``diloco`` (every layer, each H steps) or ``streaming``
             (fragments of `frag` layers, strided, one every ``H // (P + 1)`` steps).
         M: sites. `traffic` defaults to a ring's ``2 (1 - 1/M)``; for a star give payloads through its busiest link.
+        latency: seconds after its last byte has left that a reduction arrives; others use the link meanwhile.
 
     Raises:
         ConfigError: a value out of range.
     """
     _check(bw, L, T, gbits, method, H, tau, frag, steps, M)
+    if not 0 <= latency < math.inf:
+        raise ConfigError(f"latency = {latency} must be a number of seconds")
     if traffic is None:
         traffic = 2 * (1 - 1 / M)
     T *= CALIBRATION
@@ -79,7 +87,7 @@ def utilization(
             for layer in layers:  # descending, as the backward pass goes
                 released = clock + (L - layer) * w + (L - max(layer, 1)) * a
                 net = max(net, released) + reduction
-                queued.append((layer, net))
+                queued.append((layer, net + latency))
         clock += back
         work += back
     return work / clock
@@ -144,11 +152,14 @@ def zero_stall_bits_per_s(
     tau: int,
     fragment_share: float,
     traffic: float,
+    latency_s: float = 0.0,
 ) -> float:
     """Link that streaming needs to hide all traffic: the largest fragment within tau steps, the model within H.
 
-    ``bits N traffic max(fragment_share / (tau t_step), 1 / (H t_step))``; infinite for tau = 0.
+    ``bits N traffic max(fragment_share / (tau t_step - latency), 1 / (H t_step))``; infinite where nothing is left of
+    tau steps.
     """
-    if tau == 0:
+    window = tau * step_time_s - latency_s
+    if window <= 0:
         return math.inf
-    return bits * params * traffic * max(fragment_share / (tau * step_time_s), 1 / (H * step_time_s))
+    return bits * params * traffic * max(fragment_share / window, 1 / (H * step_time_s))

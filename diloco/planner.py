@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diloco.errors import ConfigError
-from diloco.linkmodel import CALIBRATION, utilization, zero_stall_bits_per_s
+from diloco.linkmodel import CALIBRATION, TRIPS_BACK, TRIPS_UP, utilization, zero_stall_bits_per_s
+from diloco.loss_costs import Cost, loss_costs
 from diloco.published import ROWS, TARGETS, Row
 
 __all__ = [
@@ -100,16 +101,41 @@ _FRAG_LAYERS = (3, 1)
 _BLOCK = 256
 _CHUNK, _KEPT = 4096, 64
 _HEADER_BYTES = 80  # of every frame
+_TRIPS = TRIPS_UP + TRIPS_BACK  # round trips of one exchange
 _DATA_PARALLEL_BYTES = 2  # per parameter: gradients in bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked: a model, a step time, and a star of `workers` on links of their own to one coordinator.
+
+    `coordinator_bits_per_s` is the coordinator's own link, which carries all of them: None means one like the
+    workers', infinity one that is no limit. `rtt_s` is there and back. See `recommend`.
+    """
+
+    params: float
+    step_time_s: float
+    link_bits_per_s: float
+    workers: int
+    rtt_s: float = 0.0
+    coordinator_bits_per_s: float | None = None
+    layers: int | None = None
+    target: float = 0.95
+
+    @property
+    def cut(self) -> int:
+        """Layers of the model, given or estimated."""
+        return self.layers if self.layers is not None else max(1, round(24 * (self.params / 1e9) ** (1 / 3)))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Settings for one run and what they should cost. Bytes are whole-model and per round of H inner steps.
 
-    `utilisation` assumes the star: its busiest link, the coordinator's, carries every worker's traffic both ways,
-    one direction after the other. `ring_utilisation` is what the same settings would reach if the workers reduced
-    among themselves.
+    `utilisation` assumes the star. The slower of two ways decides: a worker's own link with that worker's traffic, or
+    the coordinator's with everybody's; either carries one direction after the other. `ring_utilisation` is what the
+    same settings would reach if the workers reduced among themselves. Peaks are means over one second, of both
+    directions together and without pacing.
     """
 
     H: int
@@ -127,8 +153,12 @@ class Plan:
     worker_bytes_down: int
     coordinator_bytes: int  # in and out together
     coordinator_bits_per_s: float  # the same, averaged over the time a round takes
+    coordinator_peak_bits_per_s: float
+    worker_bits_per_s: float  # both ways, averaged over the time a round takes
+    worker_peak_bits_per_s: float
     data_parallel_bytes: int  # one worker, both ways: a bf16 ring all-reduce at each of the H steps
     times_less: float  # data_parallel_bytes over one worker's bytes both ways
+    loss: tuple[Cost, ...]  # what is known of the loss that these settings cost
 
     def settings(self) -> dict[str, Any]:
         """The choice as configuration keys, ``{"stream.H": 30, ...}``."""
@@ -152,8 +182,12 @@ def recommend(
     *,
     layers: int | None = None,
     target: float = 0.95,
+    rtt_s: float = 0.0,
+    coordinator_bits_per_s: float | None = None,
 ) -> Plan:
-    """The mildest settings that keep utilisation at `target` on a star of equal links.
+    """The mildest settings that keep utilisation at `target` on a star: workers on links of `link_bits_per_s` each.
+
+    The coordinator's own link, `coordinator_bits_per_s`, is shared by all and by default like one worker's.
 
     Tries, innermost first: codec (bf16, int8, e3m0), fragments of 3 layers or 1, overlap tau (1 to 10), H (30 to
     100); then the same with top-k payloads; then H up to 500. If nothing reaches the target, the best of all is
@@ -163,13 +197,13 @@ def recommend(
     Raises:
         ConfigError: a value out of range.
     """
-    _check_request(params, step_time_s, link_bits_per_s, workers, layers, target)
-    L = layers if layers is not None else max(1, round(24 * (params / 1e9) ** (1 / 3)))
+    request = Request(
+        params, step_time_s, link_bits_per_s, workers, rtt_s, coordinator_bits_per_s, layers, target
+    )
+    _check_request(request)
     best: Plan | None = None
-    for H, tau, frag_layers, codec in _candidates(L):
-        plan = _price(
-            round(params), step_time_s, link_bits_per_s, workers, L, target, H, tau, frag_layers, codec
-        )
+    for H, tau, frag_layers, codec in _candidates(request.cut):
+        plan = _price(request, H, tau, frag_layers, codec)
         if plan.reaches_target:
             return plan
         if best is None or plan.utilisation > best.utilisation:
@@ -204,31 +238,24 @@ def _candidates(L: int) -> list[tuple[int, int, int, str]]:
     return found
 
 
-def _price(
-    params: int,
-    step_time_s: float,
-    link_bits_per_s: float,
-    workers: int,
-    L: int,
-    target: float,
-    H: int,
-    tau: int,
-    frag_layers: int,
-    codec: str,
-) -> Plan:
+def _price(r: Request, H: int, tau: int, frag_layers: int, codec: str) -> Plan:
+    L, params, T = r.cut, round(r.params), r.step_time_s
     fragments = math.ceil(L / frag_layers) + 1
     up = payload_bytes(codec, params) + fragments * _HEADER_BYTES
     # Two workers swap payloads. More would each receive all the others', which only sparse ones are small enough
     # for; the mean of dense ones is requantised once instead.
-    relay = workers <= 2 or codec in _SPARSE
-    down = (workers - 1) * up if relay else up
-    star = workers * (up + down) / up
+    relay = r.workers <= 2 or codec in _SPARSE
+    down = (r.workers - 1) * up if relay else up
+    # Payloads through each way, the coordinator's counted as if its link were a worker's.
+    hub = r.link_bits_per_s if r.coordinator_bits_per_s is None else r.coordinator_bits_per_s
+    star = (up + down) / up * max(1.0, r.workers * r.link_bits_per_s / hub)
+    latency = _TRIPS * r.rtt_s
 
     def simulate(traffic: float) -> float:
         return utilization(
-            link_bits_per_s / 1e9,
+            r.link_bits_per_s / 1e9,
             L,
-            step_time_s / CALIBRATION,  # a measured step takes as long as it takes
+            T / CALIBRATION,  # a measured step takes as long as it takes
             8 * up / 1e9,
             "streaming",
             H,
@@ -236,13 +263,18 @@ def _price(
             frag_layers,
             steps=max(600, 6 * H),  # long enough for a backlog to show
             traffic=traffic,
+            latency=latency,
         )
 
-    ring = 2 * (1 - 1 / workers)
+    ring = 2 * (1 - 1 / r.workers)
     reached = simulate(star)
-    coordinator = workers * (up + down)
+    coordinator = r.workers * (up + down)
     data_parallel = round(2 * ring * _DATA_PARALLEL_BYTES * params * H)
     share = min(frag_layers, L) / L
+    seconds = H * T / reached
+    # Fragments that fall into one second, each as fast as the link lets it.
+    together = min(fragments, math.floor(fragments / (H * T)) + 1)
+    busiest = 8 * (up + down) * min(1.0, share * together)
     return Plan(
         H=H,
         tau=tau,
@@ -253,37 +285,38 @@ def _price(
         fragments=fragments,
         utilisation=reached,
         ring_utilisation=simulate(ring),
-        reaches_target=reached >= target,
-        needed_bits_per_s=zero_stall_bits_per_s(params, 8 * up / params, step_time_s, H, tau, share, star),
+        reaches_target=reached >= r.target,
+        needed_bits_per_s=zero_stall_bits_per_s(params, 8 * up / params, T, H, tau, share, star, latency),
         worker_bytes_up=up,
         worker_bytes_down=down,
         coordinator_bytes=coordinator,
-        coordinator_bits_per_s=8 * coordinator * reached / (H * step_time_s),
+        coordinator_bits_per_s=8 * coordinator / seconds,
+        coordinator_peak_bits_per_s=max(8 * coordinator / seconds, min(hub, r.workers * busiest)),
+        worker_bits_per_s=8 * (up + down) / seconds,
+        worker_peak_bits_per_s=max(8 * (up + down) / seconds, min(r.link_bits_per_s, busiest)),
         data_parallel_bytes=data_parallel,
         times_less=data_parallel / (up + down),
+        loss=loss_costs(H, tau, codec),
     )
 
 
-def _check_request(
-    params: float,
-    step_time_s: float,
-    link_bits_per_s: float,
-    workers: int,
-    layers: int | None,
-    target: float,
-) -> None:
+def _check_request(r: Request) -> None:
     for name, value, unit in (
-        ("params", params, "parameters"),
-        ("step_time_s", step_time_s, "seconds"),
-        ("link_bits_per_s", link_bits_per_s, "bits per second"),
+        ("params", r.params, "parameters"),
+        ("step_time_s", r.step_time_s, "seconds"),
+        ("link_bits_per_s", r.link_bits_per_s, "bits per second"),
     ):
         if not 0 < value < math.inf:
             raise ConfigError(f"{name} = {value} must be a positive number of {unit}")
-    if params < 1:
-        raise ConfigError(f"params = {params} must be at least 1")
-    if workers < 1:
-        raise ConfigError(f"workers = {workers} must be at least 1")
-    if layers is not None and layers < 1:
-        raise ConfigError(f"layers = {layers} must be at least 1; leave it out to have it estimated")
-    if not 0 < target <= 1:
-        raise ConfigError(f"target = {target} must be a share of the time in (0, 1]")
+    if r.params < 1:
+        raise ConfigError(f"params = {r.params} must be at least 1")
+    if r.workers < 1:
+        raise ConfigError(f"workers = {r.workers} must be at least 1")
+    if not 0 <= r.rtt_s < math.inf:
+        raise ConfigError(f"rtt_s = {r.rtt_s} must be a number of seconds, 0 or more")
+    if r.coordinator_bits_per_s is not None and not r.coordinator_bits_per_s > 0:
+        raise ConfigError(f"coordinator_bits_per_s = {r.coordinator_bits_per_s} must be positive")
+    if r.layers is not None and r.layers < 1:
+        raise ConfigError(f"layers = {r.layers} must be at least 1; leave it out to have it estimated")
+    if not 0 < r.target <= 1:
+        raise ConfigError(f"target = {r.target} must be a share of the time in (0, 1]")

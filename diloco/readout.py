@@ -6,17 +6,18 @@ The status is what the coordinator reports about a run; numbers that nobody know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "–"
+MOST = 1e30  # what is beyond is no measurement of anything, and sums of such overflow
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, or None for everything else (None, NaN, infinities, text)."""
+    """`value` as a float below `MOST` in size, or None for everything else (None, NaN, infinities, text)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < MOST else None
 
 
 def whole(value: object) -> int:
@@ -34,6 +35,26 @@ def utilisation(compute_s: float | None, exposed_s: float | None) -> float | Non
     """compute / (compute + exposed communication), in 0..1; None before anything was measured."""
     busy = (compute_s or 0.0) + (exposed_s or 0.0)
     return (compute_s or 0.0) / busy if busy > 0 else None
+
+
+def mean_bps(row: Mapping[str, Any], way: str) -> float | None:
+    """Bit/s of a worker's updates, `way` up or down, over all of its time; None before anything was measured."""
+    sent = number(row.get(f"bytes_{way}"))
+    seconds = (number(row.get("compute_s")) or 0.0) + (number(row.get("exposed_s")) or 0.0)
+    return 8 * sent / seconds if sent is not None and seconds > 0 else None
+
+
+def wire_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By direction, in bit/s: the highest "peak" of any worker, and the "mean" of the workers' mean rates."""
+    found: dict[str, dict[str, float | None]] = {}
+    for way in ("up", "down"):
+        peaks = [p for row in rows if (p := number(row.get(f"peak_{way}_bps"))) is not None]
+        means = [m for row in rows if (m := mean_bps(row, way)) is not None]
+        found[way] = {
+            "peak": max(peaks, default=None),
+            "mean": math.fsum(means) / len(means) if means else None,
+        }
+    return found
 
 
 def data_parallel_bytes(parameters: int, steps: Iterable[int]) -> int:
@@ -63,6 +84,16 @@ def bytes_text(value: object) -> str:
     return (
         f"{found:.0f} B" if abs(found) < 999.5 else _scaled(found, ("kB", "MB", "GB", "TB", "PB", "EB"), " ")
     )
+
+
+def rate_text(bits_per_s: object) -> str:
+    """``8.00 Mbit/s``."""
+    found = number(bits_per_s)
+    if found is None:
+        return UNKNOWN
+    if abs(found) < 999.5:
+        return f"{found:.0f} bit/s"
+    return _scaled(found, ("kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"), " ")
 
 
 def count_text(value: object) -> str:

@@ -83,7 +83,7 @@ def loss_curves(curves: Sequence[Track], start: float | None, end: float | None)
             y = py(level)
             out.append(f'<line class="level" x1="{left}" x2="{WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             out.append(f'<text class="label" x="{edge}" y="{y + 4:.1f}">held-out, {name} {level:.3f}</text>')
-    return _legend([(f"c{i % COLOURS}", t.worker) for i, t in drawn]) + _svg(
+    return legend([(f"c{i % COLOURS}", t.worker) for i, t in drawn]) + svg(
         height, out, "Training loss against tokens, per worker"
     )
 
@@ -100,7 +100,7 @@ def traffic(baseline: int, up: int, down: int) -> str:
         y = 6 + position * (bar + gap)
         a, b = (max(span * v / most, 2.0) if v else 0.0 for v in (first, second))
         kinds = ("baseline", "") if position == 0 else ("up", "down")
-        out.append(_row_name(name, left, y + bar / 2))
+        out.append(row_name(name, left, y + bar / 2))
         out.append(f'<rect class="{kinds[0]}" x="{left}" y="{y}" width="{a:.1f}" height="{bar}"/>')
         if b:
             out.append(f'<rect class="down" x="{left + a:.1f}" y="{y}" width="{b:.1f}" height="{bar}"/>')
@@ -129,7 +129,7 @@ def traffic(baseline: int, up: int, down: int) -> str:
         ("up", "workers to coordinator"),
         ("down", "back to workers"),
     ]
-    return _legend(keys) + _svg(floor + 30, out, "Bytes sent by this run and by data parallel training")
+    return legend(keys) + svg(floor + 30, out, "Bytes sent by this run and by data parallel training")
 
 
 def time_split(curves: Sequence[Track], seconds: float) -> str:
@@ -149,7 +149,7 @@ def time_split(curves: Sequence[Track], seconds: float) -> str:
     out = []
     for position, (name, compute, exposed, hidden) in enumerate(split):
         y, x = 4 + position * (bar + gap), float(left)
-        out.append(_row_name(name, left, y + bar / 2))
+        out.append(row_name(name, left, y + bar / 2))
         rest = max(0.0, seconds - compute - exposed)
         for kind, words, value in (
             ("compute", "compute", compute),
@@ -187,10 +187,11 @@ def time_split(curves: Sequence[Track], seconds: float) -> str:
         ("rest", "other: start-up, data, evaluation"),
         ("hidden", "communication hidden behind compute"),
     ]
-    return _legend(keys) + _svg(floor + 30, out, "Where the time of each worker went")
+    return legend(keys) + svg(floor + 30, out, "Where the time of each worker went")
 
 
-def _row_name(name: str, left: float, y: float) -> str:
+def row_name(name: str, left: float, y: float) -> str:
+    """A name to the left of a row whose middle is at `y`."""
     shown = name if len(name) <= 18 else name[:17] + "…"
     return (
         f'<text class="name" x="{left - 12}" y="{y + 5}" text-anchor="end">{html.escape(shown)}'
@@ -198,12 +199,14 @@ def _row_name(name: str, left: float, y: float) -> str:
     )
 
 
-def _legend(keys: Sequence[tuple[str, str]]) -> str:
+def legend(keys: Sequence[tuple[str, str]]) -> str:
+    """What the colours mean: (class, words)."""
     items = "".join(f'<li><span class="dot {kind}"></span>{html.escape(words)}</li>' for kind, words in keys)
     return f'<ul class="legend">{items}</ul>'
 
 
-def _svg(height: float, parts: Sequence[str], label: str) -> str:
+def svg(height: float, parts: Sequence[str], label: str) -> str:
+    """The parts as one drawing, `WIDTH` wide."""
     body = "\n".join(parts)
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">\n{body}\n</svg>'
 

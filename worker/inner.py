@@ -103,6 +103,11 @@ class InnerLoop:
         self._sampler = Sampler.for_worker(len(self.corpus.train), length, seed, index, shards)
 
     @property
+    def shard_tokens(self) -> int:
+        """Tokens of the data that this process reads, each once."""
+        return self._sampler.windows_per_epoch * self._sampler.sequence_length
+
+    @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 

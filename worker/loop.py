@@ -23,6 +23,7 @@ from diloco.optim.build import check_composition
 from diloco.stream_checks import plan_warnings
 from diloco.worker import checkpoint
 from diloco.worker.inner import InnerLoop, finite, make_model, make_optimizer
+from diloco.worker.prediction import predict, sentence
 from diloco.worker.session import DiLoCo, Interrupted
 
 __all__ = ["Trainer", "make_model", "make_optimizer"]
@@ -83,6 +84,8 @@ class Trainer:
             f"{say_from} at inner step {self.optimizer.inner_step} as member {self.optimizer.replica.index}"
         )
         self.inner.read(self.optimizer.replica.index, self.config.data.shards or self.config.topology.workers)
+        if self.config.weights.mode == "shard":
+            self.optimizer.replica.shard = self.inner.shard_tokens
         if not resumed:
             self.eval_start = self.inner.evaluate()
             self.optimizer.report(eval_start=self.eval_start)
@@ -104,9 +107,18 @@ class Trainer:
         self.optimizer.flush()
         final = self.inner.evaluate()
         self.optimizer.report(eval_end=final)
+        self._compare()
         self.save()
         self.optimizer.close("complete")
         return final
+
+    def _compare(self) -> None:
+        """Log what the model of the link predicts for this worker, beside what it measured."""
+        workers = max(1, self.optimizer.replica.members)
+        plan, facts = self.optimizer.parameters.plan, self.optimizer.facts()
+        found = predict(self.config, plan, [facts], workers=workers)
+        if found is not None:
+            self.say(sentence(found))
 
     def _interrupted(self) -> None:
         if self.optimizer.replica.joined:

@@ -14,7 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from diloco.config import RunConfig
 from diloco.errors import StorageError
+from diloco.fragments import FragmentPlan
 from diloco.readout import (
     UNKNOWN,
     bytes_text,
@@ -24,24 +26,39 @@ from diloco.readout import (
     loss_text,
     number,
     percent_text,
+    rate_text,
     total,
     utilisation,
     versus_text,
     whole,
+    wire_rates,
 )
 from diloco.worker import charts
-from diloco.worker.series import Track, tracks
+from diloco.worker.gantt import gantt
+from diloco.worker.prediction import milliseconds, predict
+from diloco.worker.series import Track, timelines, tracks
+from diloco.worker.timeline import Timeline, Total
 
 Row = Mapping[str, Any]
 
 
-def build_report(status: Mapping[str, Any], *, parameters: int) -> dict[str, Any]:
+def build_report(
+    status: Mapping[str, Any],
+    *,
+    parameters: int,
+    plan: FragmentPlan | None = None,
+    series: Iterable[Row] = (),
+) -> dict[str, Any]:
     """What report.json holds. Losses in nats per byte, times in seconds; None where nobody knows.
 
     `tokens`, bytes and seconds are sums over workers. A worker is `live` if it took part to the end, which includes
     having left because the run was complete. `eval_loss_start` is the mean over first lives (a worker that
     came back first evaluates a trained model), `eval_loss_end` the mean over workers that finished; both
     fall back to every worker that has a value. `bytes_data_parallel`: see `readout.data_parallel_bytes`.
+
+    With the run's `plan`, `prediction` is what the model of the link says beside what was measured
+    (`diloco.worker.prediction.predict`). `overlap` has per fragment ``rounds``, ``exposed_comm_seconds`` and
+    ``hidden_comm_seconds``, sums over the workers whose timelines are in `series`, the recorded heartbeats.
     """
     members: Sequence[Row] = status["members"]
     compute_s, exposed_s = total(members, "compute_s"), total(members, "exposed_s")
@@ -65,10 +82,13 @@ def build_report(status: Mapping[str, Any], *, parameters: int) -> dict[str, Any
         "bytes_up": whole(total(members, "bytes_up")),
         "bytes_down": whole(total(members, "bytes_down")),
         "bytes_data_parallel": data_parallel_bytes(parameters, [whole(m["step"]) for m in members]),
+        "wire_bits_per_second": wire_rates(members),
         "compute_utilisation": utilisation(compute_s, exposed_s),
         "exposed_comm_seconds": exposed_s,
         "hidden_comm_seconds": total(members, "hidden_s"),
         "versions": {str(f["index"]): f["version"] for f in status["fragments"]},
+        "prediction": predict(RunConfig.from_dict(status["config"]), plan, members) if plan else None,
+        "overlap": _overlap(timelines(series)),
         "config": status["config"],
     }
     cleaned: dict[str, Any] = _without_nan(report)
@@ -101,10 +121,12 @@ def render_html(
 
     A report without fragments is of a run on one node: what is about a network is left out.
     """
-    found = tracks(series)
+    series = list(series)
+    found, drawn = tracks(series), timelines(series)
     in_order = [str(w["id"]) for w in report["workers"]]
     curves = [found.get(name, Track(name)) for name in in_order]
     config = report["config"] or {}
+    overlap, window = gantt({name: drawn[name] for name in in_order if name in drawn})
     name = str(config.get("run", {}).get("run_id") or run_id or "run")
     sent = report["bytes_up"] + report["bytes_down"]
     seconds = number(report["train_seconds"]) or 0.0
@@ -121,6 +143,9 @@ def render_html(
         loss=charts.loss_curves(curves, number(report["eval_loss_start"]), number(report["eval_loss_end"])),
         traffic=charts.traffic(report["bytes_data_parallel"], report["bytes_up"], report["bytes_down"]),
         time=charts.time_split(curves, seconds),
+        overlap=overlap,
+        window=html.escape(window),
+        prediction=_prediction(report.get("prediction")),
         exposed=duration_text(report["exposed_comm_seconds"]),
         hidden=duration_text(report["hidden_comm_seconds"]),
         workers=_workers_table(report, curves),
@@ -203,16 +228,65 @@ def _workers_table(report: Mapping[str, Any], curves: Sequence[Track]) -> str:
 def _fragments_table(report: Mapping[str, Any], fragments: Sequence[Row]) -> str:
     sizes = {str(f["index"]): whole(f["numel"]) for f in fragments}
     everything = sum(sizes.values())
+    overlap = report.get("overlap") or {}
     rows = [
         (
             html.escape(str(index)),
             f"{sizes[index]:,}" if index in sizes else UNKNOWN,
             percent_text(sizes[index] / everything) if index in sizes and everything else UNKNOWN,
             html.escape(f"{commits:,}"),
+            *(
+                duration_text(overlap.get(str(index), {}).get(key))
+                for key in ("exposed_comm_seconds", "hidden_comm_seconds")
+            ),
         )
         for index, commits in report["versions"].items()
     ]
-    return _table(("Fragment", "#Parameters", "#Share of the model", "#Commits"), rows)
+    heads = ("Fragment", "#Parameters", "#Share of the model", "#Commits", "#Exposed", "#Hidden")
+    return _table(heads, rows)
+
+
+def _prediction(prediction: Row | None) -> str:
+    """The model's figures beside the measured ones, and what went into the model."""
+    if prediction is None:
+        return '<p class="empty">No worker measured enough for a prediction.</p>'
+    inputs, measured = prediction["inputs"], prediction["measured"]
+    rows = [
+        (name, show(prediction[key]), show(measured[key]))
+        for name, key, show in (
+            ("Compute utilisation", "compute_utilisation", percent_text),
+            ("Bytes sent, all workers", "bytes_up", bytes_text),
+            ("Bytes received, all workers", "bytes_down", bytes_text),
+            ("Mean rate up, one worker", "mean_up_bits_per_s", rate_text),
+            ("Peak rate up, one worker", "peak_up_bits_per_s", rate_text),
+            ("Mean rate down, one worker", "mean_down_bits_per_s", rate_text),
+            ("Peak rate down, one worker", "peak_down_bits_per_s", rate_text),
+            ("Exposed communication, all workers", "exposed_comm_seconds", duration_text),
+        )
+    ]
+    words = (
+        f"<p>From the run's settings and what was measured: {milliseconds(inputs['step_time_s'])} per inner step of "
+        f"the slowest of {inputs['workers']}, {rate_text(inputs['up_bits_per_s'])} up, "
+        f"{rate_text(inputs['down_bits_per_s'])} down, round trip {milliseconds(inputs['rtt_s'])}. "
+        "The model knows no time for coding, averaging and the journal, no lost bytes and no "
+        "idle start; its peaks are of rounds, those measured may be of the starting values.</p>"
+    )
+    return words + _table(("", "#Predicted", "#Measured"), rows)
+
+
+def _overlap(found: Mapping[str, Timeline]) -> dict[str, Any]:
+    sums: dict[int, Total] = {}
+    for one in found.values():
+        for fragment, rounds in one.totals.items():
+            sums.setdefault(fragment, Total()).add(rounds)
+    return {
+        str(fragment): {
+            "rounds": rounds.rounds,
+            "exposed_comm_seconds": rounds.exposed,
+            "hidden_comm_seconds": rounds.hidden,
+        }
+        for fragment, rounds in sorted(sums.items())
+    }
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diloco.readout import number
+from diloco.worker.timeline import Timeline, Total, load
 
 POINTS = 400  # per curve in a chart: more cannot be seen
 SPAN = 16  # smoothing looks at most this many points, and this part of the curve, to either side
@@ -52,6 +53,21 @@ def tracks(series: Iterable[Mapping[str, Any]]) -> dict[str, Track]:
                 points.append((x, y))
         track.raw = thin(points)
         track.smoothed = smooth(track.raw)
+    return found
+
+
+def timelines(series: Iterable[Mapping[str, Any]]) -> dict[str, Timeline]:
+    """The record of rounds that each worker left with its goodbye: of its last life, with the totals of all."""
+    found: dict[str, Timeline] = {}
+    for row in series:
+        text = row.get("timeline")
+        later = load(text) if isinstance(text, str) else None
+        if later is None:
+            continue
+        earlier = found.get(str(row.get("worker")))
+        for fragment, total in earlier.totals.items() if earlier is not None else ():
+            later.totals.setdefault(fragment, Total()).add(total)
+        found[str(row.get("worker"))] = later
     return found
 
 

@@ -23,6 +23,11 @@ from diloco.comms.machine import Action, Compute, Computed, Connection, Event, S
 from diloco.config import RunConfig
 from diloco.errors import ConfigError, TransportError
 from diloco.fragments import FragmentPlan, build_plan, gather, scatter
+from diloco.optim.groups import place
+from diloco.worker import timeline
+from diloco.worker.clock import Clock
+from diloco.worker.deadlines import Deadlines
+from diloco.worker.rates import Peaks
 from diloco.worker.replica import Replica
 
 T = TypeVar("T")
@@ -51,6 +56,7 @@ class ModelParameters:
             frag_layers=s.frag_layers,
             offsets=s.offsets,
             first_round=s.first_round,
+            roles={p.name: p.group for p in place(model)} if any(vars(config.codec.roles).values()) else None,
         )
 
     def read(self, fragment: int) -> Tensor:
@@ -59,28 +65,6 @@ class ModelParameters:
     def write(self, fragment: int, values: Tensor) -> None:
         scatter(self.plan.fragments[fragment], values, self.tensors)
         self.written = True
-
-
-@dataclasses.dataclass(slots=True)
-class Clock:
-    """Where a worker's time goes, in seconds. Communication is hidden where computing went on meanwhile."""
-
-    exposed: float = 0.0
-    compute: float = 0.0
-    in_flight: float = 0.0
-    flying_since: float | None = None
-    step_s: float = 0.0  # recent mean of the computing time of a step
-
-    def computed(self, seconds: float) -> None:
-        self.compute += seconds
-        self.step_s = 0.9 * self.step_s + 0.1 * seconds if self.step_s else seconds
-
-    def flying(self, now: float, any_in_flight: bool) -> None:
-        if any_in_flight and self.flying_since is None:
-            self.flying_since = now
-        elif not any_in_flight and self.flying_since is not None:
-            self.in_flight += now - self.flying_since
-            self.flying_since = None
 
 
 class DiLoCo(torch.optim.Optimizer):
@@ -96,7 +80,8 @@ class DiLoCo(torch.optim.Optimizer):
     writes the run's parameters into `model`: **what the model held before is lost unless this worker is asked
     for the starting values.** `config` defaults to what the coordinator says.
 
-    `tokens` (per step, or given to each `step`) weighs contributions under ``weights.mode = "tokens"``.
+    `tokens` (per step, or given to each `step`) weighs contributions under ``weights.mode = "tokens"``, `shard` (tokens
+    of the data that this worker reads) under ``weights.mode = "shard"``, which needs it before the first `step`.
     Setting `stop` breaks off a wait for the coordinator with `Interrupted`.
     Raises RefusedError (other model, settings or run), ConfigError, TransportError.
     """
@@ -110,6 +95,7 @@ class DiLoCo(torch.optim.Optimizer):
         config: RunConfig | Mapping[str, Any] | None = None,
         worker: str | None = None,
         tokens: int = 0,
+        shard: int = 0,
         join: bool = True,
         on_wait: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
@@ -126,6 +112,9 @@ class DiLoCo(torch.optim.Optimizer):
         self.tokens_per_step = tokens
         self.tokens_total = 0
         self.clock = Clock()
+        self.recorder = timeline.Recorder(time.monotonic(), time.time())
+        self._deadlines, self._peaks = Deadlines(), Peaks()
+        self._wanted: dict[int, float] = {}  # as the connection was last told
         self._connection, self._on_wait = connection, on_wait
         self._stop = stop or threading.Event()
         self._changed = threading.Condition()
@@ -138,6 +127,7 @@ class DiLoCo(torch.optim.Optimizer):
         self.replica = Replica(
             self.parameters.plan, self.config, self.parameters, worker=name, nonce=secrets.randbits(63)
         )
+        self.replica.shard = shard
         self._receiver = threading.Thread(target=self._receive, name="diloco-receiver", daemon=True)
         if join:
             self.join()
@@ -152,13 +142,20 @@ class DiLoCo(torch.optim.Optimizer):
             raise ConfigError(
                 "DiLoCo.step after flush(): the run of this worker is over; flush only at its end"
             )
+        if self.config.weights.mode == "shard" and not self.replica.shard:
+            raise ConfigError(
+                "weights.mode = 'shard' needs the size of this worker's data: DiLoCo(..., shard=number of tokens)"
+            )
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         begun = time.monotonic()
-        if self._last_step_end is not None:
-            self.clock.computed(begun - self._last_step_end)
+        taken = begun - self._last_step_end if self._last_step_end is not None else None
+        if taken is not None:
+            self.clock.computed(taken)
+            self.recorder.computed(begun - taken, begun, self.replica.step + 1)
         count = self.tokens_per_step if tokens is None else tokens
         self.tokens_total += count
         with self._changed:
+            self._deadlines.stepped(begun, taken)
             self._perform(self.replica.after_step(count, begun))
             self._merge_when_due()
         self._last_step_end = time.monotonic()
@@ -204,28 +201,27 @@ class DiLoCo(torch.optim.Optimizer):
         self.clock.exposed += time.monotonic() - begun
 
     def facts(self) -> dict[str, Any]:
-        """What this worker last reported about itself, by name."""
-        return {"worker": self.replica.worker, **dataclasses.asdict(self.replica.progress)}
+        """What this worker last reported about itself, by name; `fragments` are totals of their rounds."""
+        progress = dataclasses.asdict(self.replica.progress)
+        return {"worker": self.replica.worker, **progress, "fragments": self.recorder.totals()}
 
     def report(self, **facts: Any) -> None:
         """Put facts (fields of `Progress`: loss, lr, ...) into the next heartbeats."""
         up, down = self._connection.traffic()
+        rates = self._connection.rates()
         with self._changed:
-            elapsed = self.clock.compute + self.clock.exposed
-            since = self.clock.flying_since
-            flying = self.clock.in_flight + (time.monotonic() - since if since is not None else 0.0)
             self.replica.progress = dataclasses.replace(
                 self.replica.progress,
                 **{
                     "step": self.replica.step,
                     "tokens": self.tokens_total,
-                    "tokens_per_s": self.tokens_total / elapsed if elapsed else 0.0,
-                    "steps_per_s": 1.0 / self.clock.step_s if self.clock.step_s else 0.0,
-                    "compute_s": self.clock.compute,
-                    "exposed_s": self.clock.exposed,
-                    "hidden_s": max(0.0, flying - self.clock.exposed),
+                    **self.clock.figures(time.monotonic(), self.tokens_total),
                     "bytes_up": up,
                     "bytes_down": down,
+                    **self._peaks.seen(time.monotonic(), up, down),
+                    "link_up_bps": rates.up_bps,
+                    "link_down_bps": rates.down_bps,
+                    "rtt_s": rates.rtt_s,
                     **facts,
                 },
             )
@@ -236,7 +232,7 @@ class DiLoCo(torch.optim.Optimizer):
             return
         with self._changed:
             if self.replica.joined and self.replica.stopped is None and self._error is None:
-                self._perform(self.replica.leave(reason))
+                self._perform(self.replica.leave(reason, timeline.dump(self.recorder.read())))
                 # A coordinator that never hears of the end would wait for this worker: be patient with a restart.
                 limit = time.monotonic() + (FAREWELL_S if reason == "complete" else INTERRUPT_S)
                 while self.replica.stopped is None and self._error is None and time.monotonic() < limit:
@@ -313,7 +309,9 @@ class DiLoCo(torch.optim.Optimizer):
         while self.replica.blocked and self._error is None:
             if self._stop.is_set():
                 raise Interrupted
+            late, since = timeline.missing(self.replica.slots, self.replica.step), time.monotonic()
             self._changed.wait(POLL_S)
+            self.recorder.waited(late, since, time.monotonic())
             if self._on_wait is not None and time.monotonic() - waited > 5.0:
                 waited = time.monotonic()
                 self._on_wait(self._why_waiting())
@@ -336,14 +334,21 @@ class DiLoCo(torch.optim.Optimizer):
 
     def _perform(self, actions: list[Action]) -> None:
         """With the lock held."""
+        flying = [(s.index, s.flight.due) for s in self.replica.slots if s.flight and not s.flight.outcome]
+        stride = self.parameters.plan.H / self.replica.pace
+        wanted = self._deadlines.of(flying, self.replica.step, stride)
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._connection.expect(wanted, self.config.stream.pace)
         for action in actions:
             if isinstance(action, Send):
                 self._connection.send(action.message)
             elif isinstance(action, Compute):
                 self._jobs += 1
                 self._pool.submit(self._run_job, action.job)
-        flying = any(s.flight is not None and not s.flight.outcome for s in self.replica.slots)
-        self.clock.flying(time.monotonic(), flying)
+        now = time.monotonic()
+        self.clock.flying(now, bool(flying))
+        self.recorder.follow(self.replica.slots, self.replica.step, now)
         self._changed.notify_all()
 
     def _run_job(self, job: Callable[[], Any]) -> None:

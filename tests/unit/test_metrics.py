@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from diloco.comms.metrics import CoordinatorCollector, WorkerCollector, serve
 from diloco.errors import ConfigError, EnvironmentProblem
+from diloco.worker.timeline import Total
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 LABELS = {"worker", "fragment", "direction", "state", "reason", "run_id"}
@@ -153,12 +154,16 @@ def test_worker_exports_its_own_progress_at_each_scrape() -> None:
         "bytes_up": 7,
         "bytes_down": 9,
         "commits": 2,
+        "fragments": {0: Total(3, 1.5, 4.0), 1: Total(3, 0.0, 2.0)},
     }
     collector = WorkerCollector(lambda: row)
     found = samples(collector)
     assert at(found, "diloco_worker_tokens_total", worker='a"\\b') == 10
     assert at(found, "diloco_worker_wire_bytes_total", worker='a"\\b', direction="up") == 7
     assert at(found, "diloco_worker_commits_total") == 2
+    overlap = "diloco_worker_fragment_{}_communication_seconds_total"
+    assert at(found, overlap.format("exposed"), worker='a"\\b', fragment="0") == 1.5
+    assert at(found, overlap.format("hidden"), worker='a"\\b', fragment="1") == 2.0
     row["tokens"] = 20
     assert at(samples(collector), "diloco_worker_tokens_total", worker='a"\\b') == 20
 

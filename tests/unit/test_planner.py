@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from diloco import linkmodel, planner
+from diloco.cli import main
 from diloco.comms.codec import get
 from diloco.comms.frame import HEADER_SIZE
 from diloco.config import RunConfig
 from diloco.errors import ConfigError
+from diloco.loss_costs import MEASURED_H, loss_costs
 from diloco.published import ROWS
 
 
@@ -223,6 +228,154 @@ def test_a_plan_keeps_its_word_and_is_a_valid_configuration(
     assert (config.stream.H, config.codec.up) == (plan.H, plan.codec)
 
 
+def test_workers_on_their_own_links_share_only_the_coordinators() -> None:
+    """On a star the slower of two ways decides: one worker's traffic on its link, or everybody's on the coordinator's."""
+    equal = planner.recommend(1e9, 0.5, 200e6, 4)
+    same = planner.recommend(1e9, 0.5, 200e6, 4, coordinator_bits_per_s=200e6)
+    assert equal == same
+    wide = planner.recommend(1e9, 0.5, 200e6, 4, coordinator_bits_per_s=math.inf)
+    assert planner.recommend(1e9, 0.5, 200e6, 4, coordinator_bits_per_s=800e6).utilisation == wide.utilisation
+    assert (equal.codec, wide.codec) == ("topk", "e3m0") and wide.reaches_target  # dense is the milder
+    # A coordinator's link of a quarter is as if all four were on one worker's.
+    narrow = planner.recommend(1e9, 0.5, 800e6, 4, coordinator_bits_per_s=200e6)
+    assert (narrow.H, narrow.tau, narrow.codec) == (equal.H, equal.tau, equal.codec)
+    assert narrow.utilisation == pytest.approx(equal.utilisation)
+
+
+def test_a_long_way_asks_for_more_overlap() -> None:
+    """Four round trips of an exchange are waited for where they do not fit into tau steps."""
+    near, far = (planner.recommend(1e9, 0.5, 1e12, 2, rtt_s=rtt) for rtt in (0.0, 0.2))
+    assert (near.tau, far.tau) == (1, 2) and far.reaches_target
+    assert far.needed_bits_per_s < math.inf
+    hopeless = planner.recommend(1e9, 0.01, 1e12, 2, rtt_s=1.0)
+    assert not hopeless.reaches_target and hopeless.needed_bits_per_s == math.inf
+
+
+@settings(deadline=None)
+@given(runs, bandwidths, sizes, st.floats(0, 10))
+def test_latency_never_helps(run: dict[str, Any], bw: float, gbits: float, latency: float) -> None:
+    """It delays what is waited for, and holds no link."""
+    assert planner.utilization(bw, gbits=gbits, latency=latency, **run) <= planner.utilization(
+        bw, gbits=gbits, **run
+    )
+
+
+def test_rates_of_a_plan_fit_its_links() -> None:
+    """No peak is below the mean or above the link; a worker's mean is its bytes over the time of a round."""
+    for workers in (1, 2, 8):
+        plan = planner.recommend(1e9, 0.5, 200e6, workers)
+        assert 0 < plan.worker_bits_per_s <= plan.worker_peak_bits_per_s <= 200e6 * 1.001
+        assert plan.coordinator_bits_per_s <= plan.coordinator_peak_bits_per_s <= 200e6 * 1.001
+        seconds = plan.H * 0.5 / plan.utilisation
+        both = 8 * (plan.worker_bytes_up + plan.worker_bytes_down)
+        assert plan.worker_bits_per_s == pytest.approx(both / seconds)
+
+
+def test_loss_is_told_with_its_source_and_never_made_up() -> None:
+    """Each number stands in the log with the losses behind it; where nobody measured there is none."""
+    log = (Path(__file__).parents[2] / "docs" / "log.md").read_text(encoding="utf-8")
+    for H, share, _ in MEASURED_H:
+        found = [
+            (float(a), float(b))
+            for a in re.findall(r"\d\.\d{4}", log)
+            for b in re.findall(r"\d\.\d{4}", log)
+            if float(a) / float(b) - 1 == pytest.approx(share, abs=1e-12)
+        ]
+        assert found and f"| {H} |" in log
+    known = {cost.setting: cost for cost in loss_costs(10, 0, "e3m0")}
+    assert known["stream.H"].percent == pytest.approx(3.14, abs=0.01)
+    assert known["stream.tau"].percent == 0.0
+    for cost in loss_costs(100, 2, "bf16"):
+        assert cost.percent is None and cost.note
+    assert [c.setting for c in planner.recommend(1e9, 0.5, 1e9, 2).loss] == [
+        "stream.H", "stream.tau", "codec.up",
+    ]  # fmt: skip
+
+
+# The command: given figures, and those of a finished run.
+
+
+def report(tmp_path: Path, **inputs: Any) -> Path:
+    measured = {
+        "workers": 3, "parameters": 836736, "layers": 4, "step_time_s": 0.25, "up_bits_per_s": 12e6,
+        "down_bits_per_s": 4e6, "rtt_s": 0.05,
+    } | inputs  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps({"prediction": {"inputs": measured}}))
+    return tmp_path
+
+
+def asked(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *flags]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_finished_run_is_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step time, link, round trip, workers and model come from report.json; folder and file are one."""
+    run = report(tmp_path)
+    found = asked(capsys, "--profile", str(run))
+    assert found == asked(capsys, "--profile", str(run / "report.json"))
+    # As much up as down: 12 and 4 Mbit/s one after the other are 6.
+    assert found["asked"] == {
+        "params": 836736, "step_time_s": 0.25, "link_bits_per_s": pytest.approx(6e6), "workers": 3, "layers": 4,
+        "rtt_s": 0.05, "coordinator_bits_per_s": None,
+    }  # fmt: skip
+    plan = planner.recommend(836736, 0.25, 6e6, 3, layers=4, rtt_s=0.05, coordinator_bits_per_s=math.inf)
+    assert (found["H"], found["codec"], found["utilisation"]) == (plan.H, plan.codec, plan.utilisation)
+    assert main(["plan", "--profile", str(run)]) == 0
+    assert "250.0 ms per step, link 6.0 Mbit/s, round trip 50.0 ms" in capsys.readouterr().out
+
+
+def test_what_is_given_takes_the_place_of_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bigger model, another link: the rest stays measured."""
+    run = report(tmp_path)
+    flags = ("--params", "1e9", "--link", "1Gbit,20ms", "--workers", "8", "--coordinator-link", "10Gbit")
+    found = asked(capsys, "--profile", str(run), *flags)["asked"]
+    assert (found["params"], found["layers"], found["step_time_s"]) == (1e9, None, 0.25)
+    assert (found["link_bits_per_s"], found["rtt_s"], found["workers"]) == (1e9, 0.02, 8)
+    assert found["coordinator_bits_per_s"] == 1e10
+
+
+def test_the_command_prints_everything_that_a_plan_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """H, fragments, overlap, codec, utilisation, bytes, mean and peak rate, and the loss to expect."""
+    assert main(["plan", "--params", "1e9", "--step-time", "0.5", "--link", "200Mbit", "--workers", "4"]) == 0
+    text = capsys.readouterr().out
+    for word in (
+        "(H)", "(tau)", "fragments", "codec", "utilisation", "MB up", "mean", "peak", "data parallel", "loss to expect",
+        "stream.H", "stream.tau", "arXiv", "--codec.up",
+    ):  # fmt: skip
+        assert word in text, word
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "cannot be read"),
+        ("{", "not JSON"),
+        ("[]", "no measurements"),
+        ('{"prediction": null}', "no measurements"),
+        ('{"prediction": {"inputs": {"parameters": 5, "step_time_s": null}}}', "--step-time, --link too"),
+    ],
+)
+def test_a_profile_that_does_not_help_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, word: str
+) -> None:
+    """With what is missing, and how to give it."""
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    assert main(["plan", "--profile", str(tmp_path)]) == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", ["200Mbit,", "200Mbit,fast", "200Mbit,5", "200Mbit,1.2.3ms", "x,5ms"])
+def test_a_link_that_is_none_is_refused(link: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate, and after a comma a time with its unit."""
+    assert main(["plan", "--params", "1e9", "--step-time", "1", "--link", link]) == 2
+    assert "--link" in capsys.readouterr().err
+
+
 def test_a_slow_link_takes_stronger_settings_or_is_said_to_be_too_slow() -> None:
     """200 Mbit/s and four workers at 1e9 parameters is feasible; 1 kbit/s is not, and the need is named."""
     plan = planner.recommend(1e9, 0.5, 200e6, 4)
@@ -253,6 +406,12 @@ def test_senseless_options_are_refused_by_name() -> None:
     """Optional arguments, the simulator's arguments and codec names alike."""
     with pytest.raises(ConfigError, match="layers = 0"):
         planner.recommend(1e9, 0.5, 1e9, 2, layers=0)
+    with pytest.raises(ConfigError, match="rtt_s = -1"):
+        planner.recommend(1e9, 0.5, 1e9, 2, rtt_s=-1)
+    with pytest.raises(ConfigError, match="coordinator_bits_per_s = 0"):
+        planner.recommend(1e9, 0.5, 1e9, 2, coordinator_bits_per_s=0)
+    with pytest.raises(ConfigError, match="latency = -1"):
+        planner.utilization(1, 2, 1, 1, "dp", 10, latency=-1)
     with pytest.raises(ConfigError, match="target = 95"):
         planner.recommend(1e9, 0.5, 1e9, 2, target=95)
     with pytest.raises(ConfigError, match="did you mean 'diloco'"):

@@ -12,17 +12,20 @@ import pytest
 
 from diloco.config import RunConfig
 from diloco.errors import StorageError
-from diloco.readout import bytes_text, count_text, data_parallel_bytes, duration_text, versus_text
+from diloco.fragments import build_plan
+from diloco.readout import bytes_text, count_text, data_parallel_bytes, duration_text, rate_text, versus_text
 from diloco.worker.charts import ticks
 from diloco.worker.report import build_report, digests_equal, write_report
 from diloco.worker.series import read_series, smooth, thin, tracks
+from diloco.worker.timeline import Round, Span, Timeline, Total, dump
 
 NAN = float("nan")
 DIGEST = "ab" * 32
 KEYS = {
     "tokens", "train_seconds", "eval_loss_start", "eval_loss_end", "commits", "workers", "global_digest", "bytes_up",
     "bytes_down", "bytes_data_parallel", "compute_utilisation", "exposed_comm_seconds", "hidden_comm_seconds",
-    "versions", "config",
+    "versions", "config", "prediction", "overlap",
+    "wire_bits_per_second",
 }  # fmt: skip
 
 
@@ -88,6 +91,14 @@ def test_report_has_exactly_the_agreed_keys_and_sums_over_workers() -> None:
     assert (report["exposed_comm_seconds"], report["hidden_comm_seconds"]) == (40.0, 8.0)
     assert report["versions"] == {"0": 3, "1": 2}
     assert report["train_seconds"] == 120.0 and report["commits"] == 5
+
+
+def test_the_report_has_peak_and_mean_rate_of_the_wire() -> None:
+    """The highest peak of any worker; bits over compute and exposed time, as a mean over workers; null when unknown."""
+    workers = member("a", peak_up_bps=900.0), member("b", peak_up_bps=700.0, exposed_s=70.0)
+    rates = build_report(status(*workers), parameters=1000)["wire_bits_per_second"]
+    assert rates["up"] == {"peak": 900.0, "mean": pytest.approx((80.0 + 50.0) / 2)}
+    assert rates["down"] == {"peak": None, "mean": pytest.approx((240.0 + 150.0) / 2)}
 
 
 def test_data_parallel_bytes_follow_the_ring_formula() -> None:
@@ -157,6 +168,36 @@ def test_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
     assert "$" not in text
 
 
+def test_page_shows_overlap_and_prediction_beside_measurement(tmp_path: Path) -> None:
+    """With the plan and the workers' timelines: a chart, its numbers per fragment, and both columns of figures."""
+    plan = build_plan({"embed": (60, 10), "blocks.0.w": (20, 20)}, 10)
+    state = status(member("a"), member("b", link_up_bps=8e6, link_down_bps=4e6, rtt_s=0.02))
+    rounds = [
+        Round(0, 0, 10, 12, 5.0, 5.5, 5.75, 0.25, "merged-in"),
+        Round(1, 0, 15, 17, 7.0, 7.5, 7.5, 0.0, "aborted"),
+    ]
+    totals = {0: Total(1, 0.25, 0.5), 1: Total(1, 0.0, 2.0)}
+    record = dump(Timeline(1e9, rounds, [Span(0.0, 7.0, 1, 15)], totals))
+    series = [*heartbeats("a", "b"), *({"worker": name, "timeline": record} for name in "ab")]
+    report = build_report(state, parameters=1000, plan=plan, series=series)
+    assert report["overlap"] == {
+        "0": {"rounds": 2, "exposed_comm_seconds": 0.5, "hidden_comm_seconds": 1.0},
+        "1": {"rounds": 2, "exposed_comm_seconds": 0.0, "hidden_comm_seconds": 4.0},
+    }
+    prediction = report["prediction"]
+    assert prediction["inputs"]["up_bits_per_s"] == 8e6 and prediction["inputs"]["parameters"] == 1000
+    assert prediction["measured"]["compute_utilisation"] == report["compute_utilisation"]
+    assert prediction["measured"]["bytes_up"] == report["bytes_up"]
+    text = write_report(tmp_path, report, series, state["fragments"]).read_text(encoding="utf-8")
+    assert Page(text).tags.count("svg") == 4 and "$" not in text
+    assert "Drawn: every round." in text and "8.00 Mbit/s up" in text and "round trip 20.0 ms" in text
+    row = re.search(
+        r"<td>Compute utilisation</td><td class=\"n\">([\d.]+) %</td><td class=\"n\">90.0 %</td>", text
+    )
+    assert row is not None and 0 < float(row[1]) <= 100
+    assert '<td class="n">0.50 s</td><td class="n">1.0 s</td>' in text
+
+
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     """Worker names and configuration values come from other people."""
     evil = '<script>alert(1)</script>&"'
@@ -188,6 +229,17 @@ def test_drawing_stays_inside_its_frame_when_nothing_was_saved(tmp_path: Path) -
         for x, w in re.findall(r'<rect class="\w*" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', page)
     ]
     assert ends and max(ends) <= 1080
+
+
+def test_a_report_is_written_whatever_workers_sent(tmp_path: Path) -> None:
+    """Numbers that nobody can have measured break no sum and no drawing."""
+    plan = build_plan({"w": (10, 10)}, 10, layout="single")
+    for absurd in (1.7e308, -1.7e308, 5e-324, float("inf"), NAN):
+        facts = {k: absurd for k, v in member("ada").items() if isinstance(v, float)}
+        series = [{k: absurd if isinstance(v, float) else v for k, v in h.items()} for h in heartbeats("ada")]
+        told = status(member("ada", **facts, steps_per_s=absurd), member("bob", **facts))
+        write_report(tmp_path, build_report(told, parameters=100, plan=plan, series=series), series)
+        assert json.loads((tmp_path / "report.json").read_text())["commits"] == 5
 
 
 def test_files_are_replaced_whole_and_failures_say_what_to_do(tmp_path: Path) -> None:
@@ -265,6 +317,7 @@ def test_numbers_read_as_people_write_them() -> None:
     assert [duration_text(v) for v in (0, 0.42, 59.99, 245, 11_220, 187_200)] == [
         "0.0 s", "0.42 s", "1 min 00 s", "4 min 05 s", "3 h 07 min", "2 d 04 h",
     ]  # fmt: skip
+    assert [rate_text(v) for v in (12, 8e6, 1.5e9, None)] == ["12 bit/s", "8.00 Mbit/s", "1.50 Gbit/s", "–"]
     assert [versus_text(*v) for v in ((1, 412), (2, 3), (3, 2), (0, 5), (5, 0))] == [
         "412× fewer", "1.5× fewer", "1.5× more", "–", "–",
     ]  # fmt: skip

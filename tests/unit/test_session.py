@@ -11,6 +11,7 @@ from torch import nn
 import diloco
 from diloco.errors import ConfigError
 from diloco.optim import Combined, Hyperball, ScheduleFreeAdamW
+from diloco.worker.timeline import load
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -88,6 +89,31 @@ def test_global_parameters_are_lent_and_given_back() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     optimizer.close("interrupted")
+
+
+def test_every_round_is_recorded_with_its_wait() -> None:
+    """12 steps, H 5: as many as there were commits, the last one by the flush; waits lie between sending and merge."""
+    model = small()
+    optimizer = wrapped(model, steps=12, tau=1)
+    train(model, optimizer, 12)
+    optimizer.flush()
+    found = optimizer.recorder.read()
+    slots = optimizer.replica.slots
+    assert {f: t.rounds for f, t in found.totals.items()} == {s.index: s.version for s in slots}
+    assert [(r.step, r.due, r.final) for r in found.rounds] == [
+        (5, 6, False),
+        (10, 11, False),
+        (12, 12, True),
+    ]
+    for r in found.rounds:
+        assert r.sent <= r.answered <= r.merged and r.outcome == "merged-in"
+        assert 0 <= r.exposed <= r.merged - r.sent
+    assert found.spans[0].first == 1 and found.spans[-1].last == 12
+    optimizer.close()
+    assert optimizer.replica.leaving is not None
+    said = load(optimizer.replica.leaving.timeline)
+    assert said is not None and len(said.rounds) == len(found.rounds)
+    assert optimizer.facts()["fragments"] == found.totals
 
 
 def test_weights_on_a_sphere_are_back_on_it_after_every_merge() -> None:

@@ -290,7 +290,7 @@ def test_the_report_has_every_key_and_nothing_on_the_wire(tmp_path: Path, text: 
     assert report.keys() == {
         "tokens", "train_seconds", "eval_loss_start", "eval_loss_end", "commits", "workers", "global_digest",
         "bytes_up", "bytes_down", "bytes_data_parallel", "compute_utilisation", "exposed_comm_seconds",
-        "hidden_comm_seconds", "versions", "config",
+        "hidden_comm_seconds", "versions", "config", "prediction", "overlap", "wire_bits_per_second",
     }  # fmt: skip
     assert report["eval_loss_end"] == final < report["eval_loss_start"]
     assert report["tokens"] == STEPS * 2 * 16 and report["train_seconds"] > 0
