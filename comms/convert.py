@@ -6,34 +6,28 @@ a known message. Anything else raises CorruptDataError. Whether a message makes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError
-from google.protobuf.message import Message as ProtoMessage
 
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import messages as m
+from diloco.comms.checked import MAX_JSON, MAX_NAME, MAX_REASON, MAX_TIMELINE, parse
+from diloco.comms.checked import finite as _finite
+from diloco.comms.checked import listed as _list
+from diloco.comms.checked import text as _text
+from diloco.comms.checked import word as _name
 from diloco.comms.transfer import Ref
 from diloco.errors import CorruptDataError
 
-MAX_LIST = 100_000
-MAX_NAME = 1024  # names, keys, digests, kinds: characters
-MAX_REASON = 16 * 1024
-MAX_JSON = 3 << 20
-
-P = TypeVar("P", bound=ProtoMessage)
-T = TypeVar("T")
-
-
-def parse(kind: type[P], raw: bytes) -> P:
-    """`raw` as a message of class `kind`; CorruptDataError when it is none."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError as error:
-        raise CorruptDataError(f"{kind.__name__}: {error}") from error
+__all__ = [
+    "coordinator_from_proto",
+    "coordinator_refs",
+    "coordinator_to_proto",
+    "parse",
+    "worker_from_proto",
+    "worker_ref",
+    "worker_to_proto",
+]
 
 
 def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerMessage:
@@ -50,6 +44,7 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
                     versions=message.versions,
                     step=message.step,
                     protocol=message.protocol,
+                    epoch=message.epoch,
                 )
             )
         case m.Heartbeat():
@@ -70,6 +65,7 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
                     fragment=message.fragment,
                     round=message.round,
                     frame=_ref_to(_given(ref, message)),
+                    shard=message.shard,
                 )
             )
         case m.Initial():
@@ -94,7 +90,10 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
         case m.Fetch():
             return pb.WorkerMessage(
                 fetch=pb.Fetch(
-                    worker=message.worker, incarnation=message.incarnation, fragment=message.fragment
+                    worker=message.worker,
+                    incarnation=message.incarnation,
+                    fragment=message.fragment,
+                    differs=message.differs,
                 )
             )
         case m.Leave():
@@ -105,7 +104,12 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
                     reason=message.reason[:MAX_REASON],
                     progress=_progress_to(message.progress),
                     digest=message.digest,
+                    timeline=message.timeline[:MAX_TIMELINE],
                 )
+            )
+        case m.Vote(worker, nonce, attachment, side):
+            return pb.WorkerMessage(
+                vote=pb.Vote(worker=worker, nonce=nonce, attachment=attachment, side=side)
             )
 
 
@@ -123,6 +127,7 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
                 versions=_list("Join.versions", j.versions),
                 step=j.step,
                 protocol=j.protocol,
+                epoch=j.epoch,
             )
         case "heartbeat":
             h = proto.heartbeat
@@ -141,6 +146,7 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
                 fragment=c.fragment,
                 round=c.round,
                 frame=_present("Contribution.frame", frame),
+                shard=c.shard,
             )
         case "initial":
             i = proto.initial
@@ -161,7 +167,8 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
             )
         case "fetch":
             f = proto.fetch
-            return m.Fetch(_name("Fetch.worker", f.worker), f.incarnation, f.fragment)
+            differs = _text("Fetch.differs", f.differs, MAX_NAME)
+            return m.Fetch(_name("Fetch.worker", f.worker), f.incarnation, f.fragment, differs)
         case "leave":
             v = proto.leave
             return m.Leave(
@@ -170,6 +177,13 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
                 reason=_text("Leave.reason", v.reason, MAX_REASON),
                 progress=_progress_from(v.progress),
                 digest=_text("Leave.digest", v.digest, MAX_NAME),
+                timeline=_text("Leave.timeline", v.timeline, MAX_TIMELINE),
+            )
+        case "vote":
+            b = proto.vote
+            side = _text("Vote.side", b.side, MAX_NAME)
+            return m.Vote(
+                _name("Vote.worker", b.worker), b.nonce, _name("Vote.attachment", b.attachment), side
             )
         case _:
             raise CorruptDataError("WorkerMessage: empty, or of a kind that this version does not know")
@@ -241,8 +255,11 @@ def coordinator_to_proto(message: m.FromCoordinator, refs: Sequence[Ref] = ()) -
                     version=message.version,
                     digest=message.digest,
                     frames=_indexed(message.frames, refs),
+                    counted=message.counted + 1,
                 )
             )
+        case m.Claim(attachment, side):
+            return pb.CoordinatorMessage(claim=pb.Claim(attachment=attachment, side=side))
 
 
 def coordinator_from_proto(
@@ -298,7 +315,11 @@ def coordinator_from_proto(
                 version=s.version,
                 digest=_text("Snapshot.digest", s.digest, MAX_NAME),
                 frames=_filled("Snapshot.frames", s.frames, frames),
+                counted=s.counted - 1,
             )
+        case "claim":
+            side = _text("Claim.side", proto.claim.side, MAX_NAME)
+            return m.Claim(_name("Claim.attachment", proto.claim.attachment), side)
         case _:
             raise CorruptDataError("CoordinatorMessage: empty, or of a kind that this version does not know")
 
@@ -354,28 +375,3 @@ def _present(name: str, frame: m.Buffer | None) -> m.Buffer:
     if frame is None:
         raise CorruptDataError(f"{name}: the message came without its frame")
     return frame
-
-
-def _text(name: str, value: str, limit: int) -> str:
-    if len(value) > limit:
-        raise CorruptDataError(f"{name}: {len(value)} characters, at most {limit} are allowed")
-    return value
-
-
-def _name(name: str, value: str) -> str:
-    if not value:
-        raise CorruptDataError(f"{name}: is empty")
-    return _text(name, value, MAX_NAME)
-
-
-def _list(name: str, values: Iterable[T]) -> tuple[T, ...]:
-    found = tuple(values)
-    if len(found) > MAX_LIST:
-        raise CorruptDataError(f"{name}: {len(found)} elements, at most {MAX_LIST} are allowed")
-    return found
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise CorruptDataError(f"{name}: {value} is not a finite number")
-    return value

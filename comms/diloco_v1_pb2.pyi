@@ -45,7 +45,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, json: _Optional[str] = ..., echo: _Optional[bytes] = ..., time: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave")
+    __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave", "vote")
     JOIN_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class WorkerMessage(_message.Message):
     SKIP_FIELD_NUMBER: _ClassVar[int]
     FETCH_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
+    VOTE_FIELD_NUMBER: _ClassVar[int]
     join: Join
     heartbeat: Heartbeat
     contribution: Contribution
@@ -60,10 +61,11 @@ class WorkerMessage(_message.Message):
     skip: Skip
     fetch: Fetch
     leave: Leave
-    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., initial: _Optional[_Union[Initial, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
+    vote: Vote
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., initial: _Optional[_Union[Initial, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., vote: _Optional[_Union[Vote, _Mapping]] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("waiting", "welcome", "refused", "commit", "rejected", "aborted", "resend", "snapshot")
+    __slots__ = ("waiting", "welcome", "refused", "commit", "rejected", "aborted", "resend", "snapshot", "claim")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +74,7 @@ class CoordinatorMessage(_message.Message):
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_FIELD_NUMBER: _ClassVar[int]
     waiting: Waiting
     welcome: Welcome
     refused: Refused
@@ -80,7 +83,8 @@ class CoordinatorMessage(_message.Message):
     aborted: Aborted
     resend: Resend
     snapshot: Snapshot
-    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+    claim: Claim
+    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ...) -> None: ...
 
 class ObjectRef(_message.Message):
     __slots__ = ("key", "length", "crc32c")
@@ -125,7 +129,7 @@ class FragmentRound(_message.Message):
     def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end", "steps_per_s")
+    __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end", "steps_per_s", "link_up_bps", "link_down_bps", "rtt_s", "peak_up_bps", "peak_down_bps")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +143,11 @@ class Progress(_message.Message):
     EVAL_START_FIELD_NUMBER: _ClassVar[int]
     EVAL_END_FIELD_NUMBER: _ClassVar[int]
     STEPS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LINK_UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    LINK_DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    PEAK_UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
     step: int
     tokens: int
     loss: float
@@ -152,10 +161,15 @@ class Progress(_message.Message):
     eval_start: float
     eval_end: float
     steps_per_s: float
-    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., lr: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., eval_start: _Optional[float] = ..., eval_end: _Optional[float] = ..., steps_per_s: _Optional[float] = ...) -> None: ...
+    link_up_bps: float
+    link_down_bps: float
+    rtt_s: float
+    peak_up_bps: float
+    peak_down_bps: float
+    def __init__(self, step: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., lr: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exposed_s: _Optional[float] = ..., hidden_s: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., eval_start: _Optional[float] = ..., eval_end: _Optional[float] = ..., steps_per_s: _Optional[float] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., rtt_s: _Optional[float] = ..., peak_up_bps: _Optional[float] = ..., peak_down_bps: _Optional[float] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("worker", "nonce", "run_id", "plan", "settings", "versions", "step", "protocol")
+    __slots__ = ("worker", "nonce", "run_id", "plan", "settings", "versions", "step", "protocol", "epoch")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +178,7 @@ class Join(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     worker: str
     nonce: int
     run_id: str
@@ -172,7 +187,8 @@ class Join(_message.Message):
     versions: _containers.RepeatedScalarFieldContainer[int]
     step: int
     protocol: int
-    def __init__(self, worker: _Optional[str] = ..., nonce: _Optional[int] = ..., run_id: _Optional[str] = ..., plan: _Optional[str] = ..., settings: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ..., protocol: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, worker: _Optional[str] = ..., nonce: _Optional[int] = ..., run_id: _Optional[str] = ..., plan: _Optional[str] = ..., settings: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ..., step: _Optional[int] = ..., protocol: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("worker", "incarnation", "progress", "versions", "in_flight")
@@ -189,18 +205,20 @@ class Heartbeat(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., versions: _Optional[_Iterable[int]] = ..., in_flight: _Optional[_Iterable[_Union[FragmentRound, _Mapping]]] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("worker", "incarnation", "fragment", "round", "frame")
+    __slots__ = ("worker", "incarnation", "fragment", "round", "frame", "shard")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: int
     fragment: int
     round: int
     frame: ObjectRef
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+    shard: int
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ..., shard: _Optional[int] = ...) -> None: ...
 
 class Initial(_message.Message):
     __slots__ = ("worker", "incarnation", "fragment", "frame")
@@ -229,28 +247,44 @@ class Skip(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Fetch(_message.Message):
-    __slots__ = ("worker", "incarnation", "fragment")
+    __slots__ = ("worker", "incarnation", "fragment", "differs")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    DIFFERS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: int
     fragment: int
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ...) -> None: ...
+    differs: str
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., differs: _Optional[str] = ...) -> None: ...
 
 class Leave(_message.Message):
-    __slots__ = ("worker", "incarnation", "reason", "progress", "digest")
+    __slots__ = ("worker", "incarnation", "reason", "progress", "digest", "timeline")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: int
     reason: str
     progress: Progress
     digest: str
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+    timeline: str
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., digest: _Optional[str] = ..., timeline: _Optional[str] = ...) -> None: ...
+
+class Vote(_message.Message):
+    __slots__ = ("worker", "nonce", "attachment", "side")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    ATTACHMENT_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    nonce: int
+    attachment: str
+    side: str
+    def __init__(self, worker: _Optional[str] = ..., nonce: _Optional[int] = ..., attachment: _Optional[str] = ..., side: _Optional[str] = ...) -> None: ...
 
 class Waiting(_message.Message):
     __slots__ = ("joined", "needed")
@@ -335,16 +369,26 @@ class Resend(_message.Message):
     def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("fragment", "version", "digest", "frames")
+    __slots__ = ("fragment", "version", "digest", "frames", "counted")
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     fragment: int
     version: int
     digest: str
     frames: _containers.RepeatedCompositeFieldContainer[IndexedObject]
-    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ...) -> None: ...
+    counted: int
+    def __init__(self, fragment: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[IndexedObject, _Mapping]]] = ..., counted: _Optional[int] = ...) -> None: ...
+
+class Claim(_message.Message):
+    __slots__ = ("attachment", "side")
+    ATTACHMENT_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    attachment: str
+    side: str
+    def __init__(self, attachment: _Optional[str] = ..., side: _Optional[str] = ...) -> None: ...
 
 class BeginUploadRequest(_message.Message):
     __slots__ = ("session", "message")
@@ -419,3 +463,81 @@ class DownloadChunk(_message.Message):
     crc32c: int
     data: bytes
     def __init__(self, offset: _Optional[int] = ..., crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ("follow", "ack")
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    follow: Follow
+    ack: FollowAck
+    def __init__(self, follow: _Optional[_Union[Follow, _Mapping]] = ..., ack: _Optional[_Union[FollowAck, _Mapping]] = ...) -> None: ...
+
+class FollowResponse(_message.Message):
+    __slots__ = ("entry", "beat", "turned")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    TURNED_FIELD_NUMBER: _ClassVar[int]
+    entry: FollowEntry
+    beat: FollowBeat
+    turned: FollowTurned
+    def __init__(self, entry: _Optional[_Union[FollowEntry, _Mapping]] = ..., beat: _Optional[_Union[FollowBeat, _Mapping]] = ..., turned: _Optional[_Union[FollowTurned, _Mapping]] = ...) -> None: ...
+
+class Follow(_message.Message):
+    __slots__ = ("node", "run_id", "settings", "epoch", "count", "chain")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    run_id: str
+    settings: str
+    epoch: int
+    count: int
+    chain: str
+    def __init__(self, node: _Optional[str] = ..., run_id: _Optional[str] = ..., settings: _Optional[str] = ..., epoch: _Optional[int] = ..., count: _Optional[int] = ..., chain: _Optional[str] = ...) -> None: ...
+
+class FollowAck(_message.Message):
+    __slots__ = ("count", "ready")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    ready: bool
+    def __init__(self, count: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+
+class FollowEntry(_message.Message):
+    __slots__ = ("index", "record", "blob")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    record: str
+    blob: ObjectRef
+    def __init__(self, index: _Optional[int] = ..., record: _Optional[str] = ..., blob: _Optional[_Union[ObjectRef, _Mapping]] = ...) -> None: ...
+
+class FollowBeat(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class FollowTurned(_message.Message):
+    __slots__ = ("kind", "reason", "count", "chain")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    reason: str
+    count: int
+    chain: str
+    def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ..., count: _Optional[int] = ..., chain: _Optional[str] = ...) -> None: ...
+
+class BlobRequest(_message.Message):
+    __slots__ = ("name", "offset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    offset: int
+    def __init__(self, name: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...

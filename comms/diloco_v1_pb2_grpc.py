@@ -357,3 +357,123 @@ class TransferService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class FollowServiceStub:
+    """For a standby, which keeps a copy of the journal. With TLS only coordinators' certificates may call it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Follow = channel.stream_stream(
+                '/diloco.v1.FollowService/Follow',
+                request_serializer=diloco_dot_comms_dot_diloco__v1__pb2.FollowRequest.SerializeToString,
+                response_deserializer=diloco_dot_comms_dot_diloco__v1__pb2.FollowResponse.FromString,
+                _registered_method=True)
+        self.FetchBlob = channel.unary_stream(
+                '/diloco.v1.FollowService/FetchBlob',
+                request_serializer=diloco_dot_comms_dot_diloco__v1__pb2.BlobRequest.SerializeToString,
+                response_deserializer=diloco_dot_comms_dot_diloco__v1__pb2.DownloadChunk.FromString,
+                _registered_method=True)
+
+
+class FollowServiceServicer:
+    """For a standby, which keeps a copy of the journal. With TLS only coordinators' certificates may call it.
+    """
+
+    def Follow(self, request_iterator, context):
+        """The first request must be a Follow; acknowledgements follow. The server answers with headers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlob(self, request, context):
+        """The bulk data of a record, by its name and from `offset` on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_FollowServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Follow': grpc.stream_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=diloco_dot_comms_dot_diloco__v1__pb2.FollowRequest.FromString,
+                    response_serializer=diloco_dot_comms_dot_diloco__v1__pb2.FollowResponse.SerializeToString,
+            ),
+            'FetchBlob': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchBlob,
+                    request_deserializer=diloco_dot_comms_dot_diloco__v1__pb2.BlobRequest.FromString,
+                    response_serializer=diloco_dot_comms_dot_diloco__v1__pb2.DownloadChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'diloco.v1.FollowService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('diloco.v1.FollowService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class FollowService:
+    """For a standby, which keeps a copy of the journal. With TLS only coordinators' certificates may call it.
+    """
+
+    @staticmethod
+    def Follow(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/diloco.v1.FollowService/Follow',
+            diloco_dot_comms_dot_diloco__v1__pb2.FollowRequest.SerializeToString,
+            diloco_dot_comms_dot_diloco__v1__pb2.FollowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diloco.v1.FollowService/FetchBlob',
+            diloco_dot_comms_dot_diloco__v1__pb2.BlobRequest.SerializeToString,
+            diloco_dot_comms_dot_diloco__v1__pb2.DownloadChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diloco.comms.driver import MachineThread
+from diloco.comms.link_meter import LinkRates
 from diloco.comms.machine import COORDINATOR, Action, Connected, Event, Machine, Persist, Received, Send, Stop
 from diloco.comms.messages import Commit, Contribution, Initial, Join, Message, Snapshot
 
@@ -85,6 +86,12 @@ class LocalConnection:
 
     def traffic(self) -> tuple[int, int]:
         return self._up, self._down
+
+    def expect(self, deadlines: Mapping[int, float], share: float) -> None:
+        """There is no link to share."""
+
+    def rates(self) -> LinkRates:
+        return LinkRates()
 
     def close(self) -> None:
         """The hub goes on: other workers may be connected."""

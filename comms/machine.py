@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from diloco.comms.link_meter import LinkRates
 from diloco.comms.messages import Buffer, Message
 from diloco.errors import DilocoError
 
@@ -119,6 +120,19 @@ class Connection(Protocol):
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of frames sent and received so far."""
+        ...
+
+    def rates(self) -> LinkRates:
+        """What the link to the coordinator gave so far; NaN where there is none, or nothing was measured."""
+        ...
+
+    def expect(self, deadlines: Mapping[int, float], share: float) -> None:
+        """When the fragments in flight are wanted, on time.monotonic; others can wait, but for starting values and
+        snapshots, which come before all.
+
+        What is wanted first travels first. What goes up may be spread over `share` of the time that is left when it
+        begins, and what comes down over most of what is left then; 0: nothing is spread. Replaces what was said before.
+        """
         ...
 
     def close(self) -> None: ...

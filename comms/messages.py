@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diloco.comms.following import FromPrimary, FromStandby
+from diloco.comms.peering import BetweenPeers
+
 Buffer = bytes | bytearray | memoryview
 
 PROTOCOL = 1
@@ -30,6 +33,11 @@ class Progress:
     eval_start: float = float("nan")
     eval_end: float = float("nan")
     steps_per_s: float = 0.0  # of computing alone, recent mean
+    link_up_bps: float = float("nan")  # bit/s that its transfers reached, towards the coordinator
+    link_down_bps: float = float("nan")
+    rtt_s: float = float("nan")  # shortest round trip of a small call
+    peak_up_bps: float = 0.0  # bit/s, highest mean over a second
+    peak_down_bps: float = 0.0
 
 
 # ---- from a worker ----
@@ -47,6 +55,7 @@ class Join:
     versions: tuple[int, ...] = ()  # per fragment what this worker has merged; empty: nothing yet
     step: int = 0
     protocol: int = PROTOCOL
+    epoch: int = 0  # of the coordinator that let this life of the worker in last; 0: none has
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,7 @@ class Contribution:
     fragment: int
     round: int
     frame: Buffer = field(repr=False)
+    shard: int = 0  # tokens of the data that this worker reads, where weights count them
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,7 @@ class Fetch:
     worker: str
     incarnation: int
     fragment: int
+    differs: str = ""  # the digest that I got where the last commit names another; "": I only lack it
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,17 @@ class Leave:
     reason: str  # "complete", "interrupted", or words
     progress: Progress
     digest: str  # digest of this worker's global parameters, hex
+    timeline: str = ""  # JSON: its newest rounds and computing, for the run's report
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """In `attachment` this life of the worker is for `side`: the first that ever asked it. See Claim."""
+
+    worker: str
+    nonce: int
+    attachment: str
+    side: str
 
 
 # ---- from the coordinator ----
@@ -133,9 +155,9 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """You are not (or no longer) in. `kind`: run, plan, settings, protocol, incarnation, complete, corrupt, or left.
+    """You are not (or no longer) in. `kind`: run, plan, settings, protocol, incarnation, complete, corrupt, standby or left.
 
-    "left" answers a Leave; "incarnation" asks to join again; the others are final.
+    "left" answers a Leave; "incarnation" asks to join again, "standby" to join elsewhere; the others are final.
     """
 
     kind: str
@@ -186,14 +208,29 @@ class Resend:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A fragment's global value (first frame) and, where workers step themselves, its outer state (the others)."""
+    """A fragment's global value (first frame) and, where workers step themselves, its outer state (the others).
+
+    `counted`: the newest round of the receiver that is in a commit, -1 if none is.
+    """
 
     fragment: int
     version: int
     digest: str
     frames: tuple[tuple[int, Buffer], ...] = field(repr=False)
+    counted: int = -1
 
 
-FromWorker = Join | Heartbeat | Contribution | Initial | Skip | Fetch | Leave
-FromCoordinator = Waiting | Welcome | Refused | Commit | Rejected | Aborted | Resend | Snapshot
-Message = FromWorker | FromCoordinator
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A coordinator and its standby cannot reach each other: who of them shall go on? Vote for `side`.
+
+    `attachment` names the bond that one of them wants to end; `side` is the standby's name, "" the coordinator's.
+    """
+
+    attachment: str
+    side: str
+
+
+FromWorker = Join | Heartbeat | Contribution | Initial | Skip | Fetch | Leave | Vote
+FromCoordinator = Waiting | Welcome | Refused | Commit | Rejected | Aborted | Resend | Snapshot | Claim
+Message = FromWorker | FromCoordinator | FromStandby | FromPrimary | BetweenPeers

@@ -46,6 +46,7 @@ class Simulation:
         self.on_persist: dict[str, Callable[[Persist], None]] = {}
         self.on_stop: dict[str, Callable[[Stop], None]] = {}
         self.after: dict[str, Callable[[], None]] = {}  # called after each event of a node
+        self.slow_s: dict[str, float] = {}  # how much longer what a node sends takes
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._ticks: dict[str, float] = {}
@@ -115,7 +116,7 @@ class Simulation:
         copies = 2 if self.random.random() < self.weather.duplicate else 1
         for _ in range(copies):
             if self.random.random() >= self.weather.drop:
-                self.at(self._delay(), lambda: self.deliver(to, event))
+                self.at(self._delay() + self.slow_s.get(sender, 0.0), lambda: self.deliver(to, event))
 
     def _arm(self, name: str) -> None:
         machine = self.machines[name]

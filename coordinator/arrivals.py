@@ -40,7 +40,7 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
     assert c.plan is not None
     p, number = message.fragment, message.round
     try:
-        checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codec, member, number)
+        checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codecs[p], member, number)
     except Unfit as error:
         c.reject(member, p, number, f"{error.cause}: {error}")
         limit, what = c.config.fault.quarantine_after, (member.incarnation, p, number)
@@ -94,7 +94,7 @@ def _commit(c: Coordinator, member: Member, p: int, answer: Answer, staleness: i
     ledger = c.ledgers[p]
     weight = staleness_weight(staleness, c.config.weights.staleness_pow)
     part = downlink.Part(answer.index, weight, answer.frame)
-    frames = downlink.close(c.config.codec.down, ledger, [part], c.codec, fragment=p, run_id=c.run_hash)
+    frames = downlink.close(c.config.codec.down, ledger, [part], c.codecs[p], fragment=p, run_id=c.run_hash)
     done = Committed(
         version=ledger.shard.version,
         at=c.now,

@@ -12,7 +12,7 @@ from diloco.aggregate import weights
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Aborted, Contribution, Heartbeat, Refused, Resend, Skip
 from diloco.coordinator import arrivals, values
-from diloco.coordinator.gates import Unfit, check_contribution, check_header
+from diloco.coordinator.gates import Unfit, check_contribution, check_header, check_shard
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.pace import local_paces
 from diloco.coordinator.records import commit_record, snapshot_record
@@ -39,7 +39,8 @@ def heartbeat(c: Coordinator, member: Member, message: Heartbeat) -> None:
     for fragment, version in enumerate(message.versions):
         done = c.committed.get(fragment)
         quiet_s = 2 * c.config.fault.heartbeat_s
-        if done is not None and version < done.version and c.now - done.at > quiet_s:
+        newest = c.ledgers[fragment].shard.version if fragment in c.ledgers else 0
+        if version < newest and (done is None or c.now - done.at > quiet_s):
             c.send_commit(member, fragment)
     for fragment, number in message.in_flight:
         done, open_round = c.committed.get(fragment), c.rounds.get(fragment)
@@ -63,11 +64,14 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
     version = c.ledgers[p].shard.version
     try:
         if member.conduct.barred(c.ended):
-            check_header(message.frame, c.plan, p, c.run_hash, c.codec, member, number, version)
+            check_header(message.frame, c.plan, p, c.run_hash, c.codecs[p], member, number, version)
             raise Unfit(
                 "quarantined", "too many of this worker's contributions were bad; later ones count again"
             )
-        checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codec, member, number, version)
+        check_shard(c.config.weights.mode, message.shard, member)
+        checked = check_contribution(
+            message.frame, c.plan, p, c.run_hash, c.codecs[p], member, number, version
+        )
     except Unfit as error:
         _unfit(c, member, p, number, error)
         return
@@ -78,8 +82,12 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
     open_round.skipped.pop(member.index, None)
     if member.index not in open_round.answers or open_round.answers[member.index].round < number:
         h = checked.header
-        member.steps, member.tokens = member.steps + h.steps, member.tokens + h.tokens
-        answer = Answer(member.index, number, h.tokens, message.frame, steps=h.steps, norm=h.l2norm)
+        member.steps, member.tokens, member.shard = (
+            member.steps + h.steps,
+            member.tokens + h.tokens,
+            message.shard,
+        )
+        answer = Answer(member.index, number, h.tokens, message.frame, h.steps, h.l2norm, message.shard)
         open_round.answers[member.index] = answer
         if not open_round.waits_for(c.expected(p)):
             c.arrivals.learn(open_round.opened, c.now)
@@ -152,13 +160,14 @@ def _ended(c: Coordinator, member: Member, p: int, number: int) -> bool:
 def commit(c: Coordinator, p: int, open_round: Round) -> None:
     ledger, everybody = c.ledgers[p], [open_round.answers[i] for i in sorted(open_round.answers)]
     answers, dropped = _chosen(c, p, everybody)
-    shares = weights(c.config.weights.mode, [a.tokens for a in answers], steps=[a.steps for a in answers])
+    steps, shards = [a.steps for a in answers], [a.shard for a in answers]
+    shares = weights(c.config.weights.mode, [a.tokens for a in answers], steps=steps, shards=shards)
     parts = [downlink.Part(a.index, w, a.frame) for a, w in zip(answers, shares, strict=True)]
     frames = downlink.close(
         c.config.codec.down,
         ledger,
         parts,
-        c.codec,
+        c.codecs[p],
         fragment=p,
         run_id=c.run_hash,
         rule=c.rule,
@@ -180,6 +189,7 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
     contributors = [members[a.index].name for a in answers]
     for a in answers:
         members[a.index].in_step = True
+        c.counted[p, a.index] = (a.round, done.version)
     c.actions.append(commit_record(p, done, answers, contributors, step=c.inner_step(), epoch=c.epoch))
     if done.version % c.config.topology.checkpoint_every_commits == 0:
         c.actions.append(snapshot_record(p, ledger, c.run_hash))
@@ -202,7 +212,9 @@ def _chosen(c: Coordinator, p: int, answers: list[Answer]) -> tuple[list[Answer]
         kept = robust.inliers(norms)
     elif c.rule.kind == "cos_gate":
         numel = c.ledgers[p].shard.params.numel()
-        kept = robust.agreeing([c.codec.decode(frame.unpack(a.frame)[1], numel) for a in answers])
+        codec = c.codecs[p]
+        payloads = [frame.unpack(a.frame, codec=codec)[1] for a in answers]
+        kept = robust.agreeing([codec.decode(payload, numel) for payload in payloads])
     else:
         return answers, []
     return [answers[i] for i in kept], [a for i, a in enumerate(answers) if i not in kept]

@@ -75,8 +75,12 @@ class Member:
     # What this worker has sent in this life: contributions that passed the gates.
     steps: int = 0
     tokens: int = 0
+    shard: int = 0  # tokens of its data, as its first contribution said; 0 while unknown
     rejected: Counter[str] = field(default_factory=Counter)  # by cause
     conduct: Conduct = field(default_factory=Conduct)
+    differed: dict[int, str] = field(
+        default_factory=dict
+    )  # by fragment the last digest it reported as its own
 
     @property
     def tokens_per_step(self) -> float:

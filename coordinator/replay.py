@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Buffer
+from diloco.comms.uplink import codecs_for
 from diloco.coordinator import values
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.rounds import Committed
@@ -26,6 +27,7 @@ def replay(c: Coordinator, records: Sequence[tuple[Record, Sequence[Buffer]]], n
         match record["type"]:
             case "start":
                 c.plan, c.started = FragmentPlan.from_description(record["plan"]), True
+                c.codecs = codecs_for(c.config, c.plan)
                 for first in record["members"]:
                     _member(c, first, now).cohort = True
             case "epoch":
@@ -68,7 +70,7 @@ def _commit(c: Coordinator, record: Record, blobs: Sequence[Buffer], snapshot: i
     frames: downlink.Frames = ()
     if parts and version > snapshot:
         frames = downlink.close(
-            mode, ledger, parts, c.codec, fragment=p, run_id=c.run_hash, rule=c.rule, pieces=c.pieces(p)
+            mode, ledger, parts, c.codecs[p], fragment=p, run_id=c.run_hash, rule=c.rule, pieces=c.pieces(p)
         )
         if frame.digest(ledger.shard.params) != record["digest"]:
             raise StorageError(
@@ -78,8 +80,7 @@ def _commit(c: Coordinator, record: Record, blobs: Sequence[Buffer], snapshot: i
     elif parts and mode == "relay":
         frames = tuple((part.index, part.frame) for part in parts)
     rounds = tuple(zip(record["indices"], record["rounds"], strict=True))
-    if c.asynchronous:
-        c.counted.update({(p, index): (number, version) for index, number in rounds})
+    c.counted.update({(p, index): (number, version) for index, number in rounds})
     c.account(
         p,
         Committed(

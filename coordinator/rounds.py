@@ -26,6 +26,7 @@ class Answer:
     frame: Buffer = field(repr=False)
     steps: int = 1
     norm: float = 0.0  # of the decoded values
+    shard: int = 0  # tokens of the sender's data, under weights.mode = "shard"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from diloco.aggregate import rda_pieces
 from diloco.comms import downlink, frame
+from diloco.comms.codec import Codec
 from diloco.comms.machine import Action, Event, Persist, Received, Send, Stop
 from diloco.comms.messages import (
     Aborted,
@@ -29,6 +30,7 @@ from diloco.comms.messages import (
     Waiting,
     Welcome,
 )
+from diloco.comms.uplink import codecs_for
 from diloco.config import RunConfig
 from diloco.coordinator import contributions, values
 from diloco.coordinator.admission import refusal
@@ -48,10 +50,10 @@ class Coordinator:
         self.config = config
         self.settings = settings_json(config)
         self.run_hash = frame.run_id_hash(config.run.run_id)
-        self.codec = downlink.uplink_codec(config.codec)
+        self.codecs: list[Codec] = []  # of each fragment of the plan
         self.rule = rule_of(config)
         self.asynchronous = config.stream.overlap == "async"
-        # Asynchronous runs: (fragment, worker index) -> its newest round that counted, and the version it made.
+        # (fragment, worker index) -> its newest round that counted, and the version that has it.
         self.counted: dict[tuple[int, int], tuple[int, int]] = {}
         self.members: dict[str, Member] = {}
         self.plan: FragmentPlan | None = None
@@ -135,7 +137,7 @@ class Coordinator:
             case Skip():
                 contributions.skip(self, member, message)
             case Fetch():
-                values.snapshot(self, member, message.fragment)
+                values.fetch(self, member, message)
             case Leave():
                 self._leave(member, message)
 
@@ -161,6 +163,7 @@ class Coordinator:
             return
         if self.plan is None:
             self.plan = FragmentPlan.from_description(message.plan)
+            self.codecs = codecs_for(self.config, self.plan)
         incarnation = member.incarnation + 1 if member else 1
         index = member.index if member else -1
         if member is not None:
@@ -223,7 +226,7 @@ class Coordinator:
                 members=len([m for m in self.members.values() if m.live]),
                 epoch=self.epoch,
                 # whoever starts the run starts at its beginning, however late its welcome comes
-                step=0 if member.cohort and not member.versions else self.inner_step(),
+                step=0 if member.cohort else self.inner_step(),
                 versions=self.versions(),
                 initial=asked,
             ),
@@ -268,6 +271,8 @@ class Coordinator:
         done = self.committed.get(p)
         if done is not None:
             self.send(member.name, self._commit_for(member, p, done))
+        elif p in self.ledgers and self.ledgers[p].shard.version:
+            values.snapshot(self, member, p)  # taken over without the commit that made it
 
     def _commit_for(self, member: Member, p: int, done: Committed) -> Commit:
         frames = done.frames
@@ -280,7 +285,7 @@ class Coordinator:
         """The incarnation under which `member` contributed to the commit, or None."""
         for index, contribution in done.frames:
             if index == member.index:
-                return frame.unpack(contribution)[0].incarnation
+                return frame.read_header(contribution).incarnation
         return None
 
     # ---- time, membership, the end ----

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from diloco import outer
 from diloco.comms import codec, downlink, frame
-from diloco.comms.messages import Buffer, Initial, Refused, Snapshot
+from diloco.comms.messages import Buffer, Fetch, Initial, Refused, Snapshot
 from diloco.coordinator.gates import check_contribution
 from diloco.coordinator.membership import Member
 from diloco.errors import CorruptDataError
@@ -48,8 +48,19 @@ def begin(c: Coordinator, fragment: int, initial: Buffer) -> None:
     """The fragment's starting value is here."""
     shard = outer.OuterShard.start(outer_optimizer(c.config), frame.decode_frame(initial)[1])
     shard.state.update(c.rule.state(shard.params.numel()))
-    c.ledgers[fragment] = downlink.Ledger.start(shard, c.config.codec.down, c.codec)
+    c.ledgers[fragment] = downlink.Ledger.start(shard, c.config.codec.down, c.codecs[fragment])
     c.ledgers[fragment].bases = bases_for(c.config, shard.params)
+
+
+def fetch(c: Coordinator, member: Member, message: Fetch) -> None:
+    """Somebody lacks the value, or computed another one from the same commit, which is noted: it gets the run's."""
+    if message.fragment not in c.ledgers:
+        return  # of no fragment, or of one that has no value yet: there is nothing to differ from
+    if message.differs and member.differed.get(message.fragment) != message.differs:
+        member.differed[message.fragment] = message.differs
+        c.rejections["digest_differs"] += 1
+        member.rejected["digest_differs"] += 1
+    snapshot(c, member, message.fragment)
 
 
 def snapshot(c: Coordinator, member: Member, fragment: int) -> None:
@@ -58,4 +69,5 @@ def snapshot(c: Coordinator, member: Member, fragment: int) -> None:
         return  # it is sent to everybody as soon as the starting value is here
     shard = ledger.shard
     frames = downlink.snapshot_frames(c.config.codec.down, shard, fragment=fragment, run_id=c.run_hash)
-    c.send(member.name, Snapshot(fragment, shard.version, frame.digest(shard.params), frames))
+    counted, _ = c.counted.get((fragment, member.index), (-1, 0))
+    c.send(member.name, Snapshot(fragment, shard.version, frame.digest(shard.params), frames, counted))

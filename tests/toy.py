@@ -16,6 +16,13 @@ from diloco.coordinator.state import Coordinator
 from diloco.fragments import FragmentPlan, build_plan, gather, scatter
 from diloco.worker.replica import Replica
 
+ROLES = {
+    "embed": "embed",
+    "blocks.0.w": "matrix",
+    "blocks.1.w": "matrix",
+    "blocks.2.w": "scalar",
+    "head": "head",
+}
 SHAPES = {"embed": (7, 3), "blocks.0.w": (5, 5), "blocks.1.w": (4, 6), "blocks.2.w": (3,), "head": (2, 5)}
 
 
@@ -34,7 +41,14 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 
 def plan_of(c: RunConfig) -> FragmentPlan:
     s = c.stream
-    return build_plan(SHAPES, s.H, layout=s.layout, frag_layers=s.frag_layers, first_round=s.first_round)
+    return build_plan(
+        SHAPES,
+        s.H,
+        layout=s.layout,
+        frag_layers=s.frag_layers,
+        first_round=s.first_round,
+        roles=ROLES if any(vars(c.codec.roles).values()) else None,
+    )
 
 
 class ToyModel:

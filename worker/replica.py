@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diloco.comms import downlink, frame
+from diloco.comms import frame
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.machine import (
     COORDINATOR,
@@ -27,6 +27,7 @@ from diloco.comms.machine import (
 )
 from diloco.comms.messages import (
     Aborted,
+    Claim,
     Commit,
     Fetch,
     Leave,
@@ -38,13 +39,14 @@ from diloco.comms.messages import (
     Waiting,
     Welcome,
 )
+from diloco.comms.uplink import codecs_for
 from diloco.config import RunConfig
-from diloco.errors import NonFiniteError, RefusedError
+from diloco.errors import RefusedError
 from diloco.fragments import FragmentPlan
 from diloco.overlap import next_step
 from diloco.robust import rule_of
 from diloco.worker import replica_jobs, replica_state, replica_turns
-from diloco.worker.replica_slots import Flight, Parameters, Slot
+from diloco.worker.replica_slots import Flight, Parameters, Slot, is_of_plan
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
 
@@ -61,7 +63,7 @@ class Replica:
         self.plan, self.config, self.parameters = plan, config, parameters
         self.worker, self.nonce = worker, nonce
         self.run_hash = frame.run_id_hash(config.run.run_id)
-        self.codec = downlink.uplink_codec(config.codec)
+        self.codecs = codecs_for(config, plan)
         self.rule = rule_of(config)
         self.mode = config.stream.overlap
         self.whole_round = self.mode in ("delayed", "eager")
@@ -73,10 +75,12 @@ class Replica:
         self.slots = [Slot(f.index) for f in plan.fragments]
         if config.codec.ef == "on":
             for slot in self.slots:
-                slot.feedback = ErrorFeedback(self.codec, config.codec.ef_beta)
+                slot.feedback = ErrorFeedback(self.codecs[slot.index], config.codec.ef_beta)
         self.step = self.last_step = 0
         self.pace = self.next_pace = plan.H  # inner steps of this worker per H of the run
         self.members = 0
+        self.shard = 0  # tokens of the data that this worker reads; told under weights.mode = "shard"
+        self.epoch, self.votes = 0, dict[str, str]()  # of the coordinator that let us in last; see Claim
         self.incarnation = 0
         self.index = -1
         self.connected = False
@@ -111,7 +115,7 @@ class Replica:
                 due = self.next_heartbeat is not None and now >= self.next_heartbeat
                 return replica_jobs.heartbeat(self) if due else []
             case Received(message=message):
-                return self.receive(message, now)
+                return self.receive(message, now) if is_of_plan(message, len(self.slots)) else []
 
     @property
     def deadline(self) -> float | None:
@@ -143,7 +147,8 @@ class Replica:
 
     @staticmethod
     def settled(slot: Slot) -> bool:
-        return slot.flight is not None and bool(slot.flight.outcome) and not slot.jobs
+        flight = slot.flight  # while its delta is being encoded nobody may build on the error feedback
+        return flight is not None and bool(flight.outcome) and not slot.jobs and flight.delta is None
 
     def versions(self) -> tuple[int, ...]:
         """Per fragment the newest version that is here; empty before the first values have come."""
@@ -181,11 +186,11 @@ class Replica:
         self.now = now
         return replica_turns.flush(self)
 
-    def leave(self, reason: str) -> list[Action]:
+    def leave(self, reason: str, timeline: str = "") -> list[Action]:
         """Say goodbye until it is heard: `stopped` is set once the coordinator has answered."""
         # Asynchronous workers end with different values of the run: theirs is no claim about the result.
         held = "" if self.mode == "async" else self.digest()
-        self.leaving = Leave(self.worker, self.incarnation, reason, self.current_progress(), held)
+        self.leaving = Leave(self.worker, self.incarnation, reason, self.current_progress(), held, timeline)
         return [Send(COORDINATOR, self.leaving)]
 
     def digest(self) -> str:
@@ -198,7 +203,7 @@ class Replica:
     def _computed(self, result: Any) -> list[Action]:
         kind, slot = result[0], result[1]
         if kind == "encoded":
-            return self._encoded(slot, *result[2:])
+            return replica_jobs.encoded(self, slot, *result[2:])
         slot.jobs -= 1
         if kind == "opened":
             commit: Commit = result[2]
@@ -220,23 +225,13 @@ class Replica:
             if result[3] is None:  # damaged: the next heartbeat asks again
                 slot.broken = slot.shard is not None
                 return []
-            slot.shard, slot.broken = result[3], False
+            slot.shard, slot.broken, slot.differs = result[3], False, ""
             self._settle_by_snapshot(slot, result[2])
         slot.waiting = {v: c for v, c in slot.waiting.items() if v > slot.version}
         return replica_jobs.open_waiting(self, slot)
 
-    def _encoded(
-        self, slot: Slot, flight: Flight, made: bytes | NonFiniteError, label: tuple[int, int]
-    ) -> list[Action]:
-        flight.delta = None
-        if isinstance(made, NonFiniteError):
-            flight.overwrite = True
-        else:
-            flight.frame, flight.label = made, label
-        return replica_jobs.answer(self, slot, flight) if self.joined else []
-
     def fetch(self, slot: Slot) -> Fetch:
-        return Fetch(self.worker, self.incarnation, slot.index)
+        return Fetch(self.worker, self.incarnation, slot.index, slot.differs)
 
     # ---- what arrives ----
 
@@ -249,6 +244,8 @@ class Replica:
                 self.next_heartbeat = now + self.config.fault.heartbeat_s
             case Welcome():
                 return self._welcome(message)
+            case Claim():
+                return [Send(COORDINATOR, replica_jobs.vote(self, message))]
             case Refused("incarnation"):
                 return [Send(COORDINATOR, replica_jobs.join(self))] if self.connected else []
             case Refused(kind=kind) if self.leaving is not None and kind in ("left", "complete"):
@@ -285,6 +282,9 @@ class Replica:
         return []
 
     def _welcome(self, message: Welcome) -> list[Action]:
+        if message.epoch < self.epoch:
+            return []  # of a coordinator that has been replaced
+        self.epoch = message.epoch
         if self.leaving is not None:
             return [Send(COORDINATOR, self.leaving)]
         fresh = not self.joined
@@ -332,7 +332,7 @@ class Replica:
         waiting = flight is not None and not flight.outcome and not slot.jobs and not slot.broken
         if flight is None or not waiting or not (flight.rejected or self._counts(slot, message)):
             return []
-        slot.jobs += 1
+        slot.jobs, slot.target = slot.jobs + 1, message.version
         return [Compute(replica_jobs.open_job(self, slot, message))]
 
     def _snapshot(self, message: Snapshot) -> list[Action]:
@@ -364,11 +364,13 @@ class Replica:
         flight = slot.flight
         if flight is None:
             slot.adopt = True
-        elif snapshot.version > flight.base and not flight.outcome and flight.counted:
-            flight.outcome = "merged-in"
         elif snapshot.version > flight.base and not flight.outcome:
-            self._roll_back(slot.index, flight.round)
-            flight.outcome = "left-out"
+            counts = flight.counted or flight.round == snapshot.counted
+            flight.outcome = "merged-in" if counts else "left-out"
+            if not counts:
+                self._roll_back(slot.index, flight.round)
+            elif slot.feedback is not None and not flight.counted:
+                slot.feedback.commit()
 
     def _roll_back(self, fragment: int, number: int) -> None:
         slot = self.slots[fragment]

@@ -14,8 +14,21 @@ from torch import Tensor
 from diloco import outer
 from diloco.aggregate import rda_pieces
 from diloco.comms import downlink, frame
+from diloco.comms.codec import Codec
+from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.machine import COORDINATOR, Action, Compute, Send
-from diloco.comms.messages import Commit, Contribution, Heartbeat, Initial, Join, Skip, Snapshot, Welcome
+from diloco.comms.messages import (
+    Claim,
+    Commit,
+    Contribution,
+    Heartbeat,
+    Initial,
+    Join,
+    Skip,
+    Snapshot,
+    Vote,
+    Welcome,
+)
 from diloco.errors import CorruptDataError, NonFiniteError
 from diloco.settings import settings_json
 from diloco.worker.replica_slots import Flight, Slot, apply_commit, shard_of, start_shard
@@ -25,22 +38,48 @@ if TYPE_CHECKING:
 
 
 def encode_job(r: Replica, slot: Slot, flight: Flight) -> Callable[[], Any]:
-    delta = flight.delta
+    delta, encoder = flight.delta, slot.feedback or r.codecs[slot.index]  # those of now: see Slot.forget
     assert delta is not None
 
     def encode() -> tuple[str, Slot, Flight, bytes | NonFiniteError, tuple[int, int]]:
         label = (r.index, r.incarnation)
         try:
-            return "encoded", slot, flight, _frame(r, slot, delta, flight, label), label
+            return "encoded", slot, flight, _frame(r, slot, encoder, delta, flight, label), label
         except NonFiniteError as error:
             return "encoded", slot, flight, error, label
 
     return encode
 
 
-def _frame(r: Replica, slot: Slot, delta: Tensor, flight: Flight, label: tuple[int, int]) -> bytes:
+def encoded(
+    r: Replica, slot: Slot, flight: Flight, made: bytes | NonFiniteError, label: tuple[int, int]
+) -> list[Action]:
+    """Send what was encoded. If its round has got its answer meanwhile, tell the error feedback instead."""
+    flight.delta = None
+    if slot.flight is not flight:
+        return []  # forgotten, together with the error feedback that it was encoded with
+    if isinstance(made, NonFiniteError):
+        flight.overwrite = True
+    else:
+        flight.frame, flight.label = made, label
+    if not flight.outcome and not flight.counted:
+        return answer(r, slot, flight) if r.joined else []
+    if slot.feedback is not None:
+        settle = slot.feedback.rollback if flight.outcome in ("left-out", "aborted") else slot.feedback.commit
+        settle()
+    return []
+
+
+def _frame(
+    r: Replica,
+    slot: Slot,
+    encoder: Codec | ErrorFeedback,
+    delta: Tensor,
+    flight: Flight,
+    label: tuple[int, int],
+) -> bytes:
     return frame.encode_frame(
-        slot.feedback or r.codec,
+        encoder,
         delta,
         fragment=slot.index,
         round=flight.round,
@@ -67,10 +106,8 @@ def open_waiting(r: Replica, slot: Slot) -> list[Action]:
     if kept is not None or slot.broken:
         return []
     actions: list[Action] = []
-    next_version = slot.version + slot.jobs + 1
-    while slot.flight is not None and (commit := slot.waiting.pop(next_version, None)) is not None:
-        slot.jobs += 1
-        next_version += 1
+    while slot.flight is not None and (commit := slot.waiting.pop(slot.reached + 1, None)) is not None:
+        slot.jobs, slot.target = slot.jobs + 1, commit.version
         actions.append(Compute(open_job(r, slot, commit)))
     return actions
 
@@ -79,7 +116,8 @@ def open_job(r: Replica, slot: Slot, commit: Commit) -> Callable[[], Any]:
     def open_one() -> tuple[str, Slot, Commit, CorruptDataError | None]:
         try:
             pieces = rda_pieces(r.plan.fragments[slot.index]) if r.rule.by_direction else ()
-            apply_commit(slot, commit, r.config.codec.down, r.codec, r.index, rule=r.rule, pieces=pieces)
+            codec = r.codecs[slot.index]
+            apply_commit(slot, commit, r.config.codec.down, codec, r.index, rule=r.rule, pieces=pieces)
         except (CorruptDataError, KeyError) as error:
             return "opened", slot, commit, CorruptDataError(str(error))
         return "opened", slot, commit, None
@@ -111,7 +149,7 @@ def answer(r: Replica, slot: Slot, flight: Flight) -> list[Action]:
     here = (r.index, r.incarnation)
     if flight.label != here:  # the header names the life that sends it
         flight.frame, flight.label = frame.relabel(flight.frame, worker=here[0], incarnation=here[1]), here
-    message = Contribution(r.worker, r.incarnation, slot.index, flight.round, flight.frame)
+    message = Contribution(r.worker, r.incarnation, slot.index, flight.round, flight.frame, r.shard)
     return [Send(COORDINATOR, message)]
 
 
@@ -124,7 +162,14 @@ def join(r: Replica) -> Join:
         settings=settings_json(r.config),
         versions=r.versions(),
         step=r.step,
+        epoch=r.epoch,
     )
+
+
+def vote(r: Replica, claim: Claim) -> Vote:
+    """For the side that asked first about this bond of a coordinator and its standby; asked again, the same."""
+    side = r.votes.setdefault(claim.attachment, claim.side)
+    return Vote(r.worker, r.nonce, claim.attachment, side)
 
 
 def give_initial(r: Replica, message: Welcome) -> list[Action]:

@@ -14,7 +14,7 @@ from diloco import outer
 from diloco.comms import downlink, frame
 from diloco.comms.codec import Codec
 from diloco.comms.feedback import ErrorFeedback
-from diloco.comms.messages import Commit, Snapshot
+from diloco.comms.messages import Commit, Snapshot, Welcome
 from diloco.config import RunConfig
 from diloco.delta import merge, merge_delay_corrected
 from diloco.errors import CorruptDataError
@@ -82,11 +82,13 @@ class Slot:
     steps: int = 0  # inner steps since the last send
     tokens: int = 0
     jobs: int = 0  # decode jobs not yet back
+    target: int = 0  # the version that they lead to; meanwhile the anchor's own may change on another thread
     restoring: bool = False  # the job under way takes a snapshot
     waiting: dict[int, Commit] = field(default_factory=dict)  # commits to be applied, by version
     kept: Snapshot | None = None  # a snapshot to be taken, like `waiting`
     adopt: bool = False  # take the anchor as it is: after the first snapshot
     broken: bool = False  # a commit could not be applied: only a snapshot helps
+    differs: str = ""  # the digest that the last commit gave here, if it names another
     turn: Turn | None = None
     # Whole-round overlap only: where this worker's round started (eager: with its own outer state), and what an
     # aborted round leaves for the next.
@@ -108,14 +110,26 @@ class Slot:
             self.feedback = ErrorFeedback(self.feedback.codec, self.feedback.beta)
 
     @property
+    def reached(self) -> int:
+        """The anchor's version once the jobs under way are back."""
+        return self.target if self.jobs and not self.restoring else self.version
+
+    @property
     def known(self) -> int:
         """The newest version that needs nothing more from the coordinator."""
-        version = self.version + (0 if self.restoring else self.jobs)
+        version = self.reached
         if self.kept is not None:
             version = max(version, self.kept.version)
         while version + 1 in self.waiting:
             version += 1
         return version
+
+
+def is_of_plan(message: object, fragments: int) -> bool:
+    """Whether a message from outside is about the `fragments` that there are: the one it names, or all of them."""
+    if isinstance(message, Welcome):
+        return len(message.versions) == fragments
+    return 0 <= getattr(message, "fragment", 0) < fragments
 
 
 def merged(flight: Flight, local: Tensor, new: Tensor) -> Tensor:
@@ -157,7 +171,8 @@ def apply_commit(
         frames = (*frames, (index, flight.frame))
     downlink.open_commit(mode, shard, frames, commit.weights, codec, rule=rule, pieces=pieces)
     shard.version = commit.version
-    if frame.digest(shard.params) != commit.digest:
+    if (held := frame.digest(shard.params)) != commit.digest:
+        slot.differs = held
         raise CorruptDataError(f"fragment {slot.index} version {commit.version}: digests differ")
 
 

@@ -28,6 +28,7 @@ def state_dict(replica: Replica) -> dict[str, Any]:
         "pace": replica.pace,
         "next_pace": replica.next_pace,
         "members": replica.members,
+        "shard": replica.shard,
         "index": replica.index,
         "incarnation": replica.incarnation,
         "slots": [],
@@ -67,7 +68,7 @@ def load_state_dict(replica: Replica, saved: Mapping[str, Any]) -> None:
     """Inverse of `state_dict`, before the first connection. KeyError or ValueError on another plan's state."""
     meta, tensors = saved["meta"], saved["tensors"]
     replica.step, replica.index, replica.incarnation = meta["step"], meta["index"], meta["incarnation"]
-    replica.last_step = replica.step - 1
+    replica.last_step, replica.shard = replica.step - 1, meta.get("shard", 0)
     replica.pace, replica.next_pace, replica.members = meta["pace"], meta["next_pace"], meta["members"]
     for slot, entry in zip(replica.slots, meta["slots"], strict=True):
         p = slot.index
@@ -86,7 +87,9 @@ def load_state_dict(replica: Replica, saved: Mapping[str, Any]) -> None:
             index, incarnation = entry["label"]
             framed = tensors.get(f"{p}.frame")
             slot.flight = Flight(**entry["flight"], label=(index, incarnation))
-            slot.flight.sent, slot.flight.delta = tensors.get(f"{p}.sent"), tensors.get(f"{p}.delta")
+            slot.flight.sent = tensors.get(f"{p}.sent")
+            # With its answer here it is sent no more.
+            slot.flight.delta = None if slot.flight.outcome else tensors.get(f"{p}.delta")
             slot.flight.own = tensors.get(f"{p}.flight_own")
             slot.flight.frame = framed.numpy().tobytes() if framed is not None else None
         _load_late(slot, entry, tensors)

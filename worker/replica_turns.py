@@ -32,7 +32,23 @@ def take(r: Replica, slot: Slot, at: int) -> list[Action]:
     if slot.flight is not None:  # a slow worker's step was so long that the last round is still to be merged
         slot.turn = Turn(number, at)
         return []
+    ours = (r.index, number)
+    # A worker back from its checkpoint repeats its last round: the commit that has it is then the answer.
+    if slot.known > slot.version and not any(ours in commit.rounds for commit in slot.waiting.values()):
+        slot.turn = Turn(number, at)
+        return _catch_up(r, slot, number)
     return send(r, slot, number, at + r.tau, r.alpha)
+
+
+def _catch_up(r: Replica, slot: Slot, number: int) -> list[Action]:
+    """Take in what was committed between two rounds, before the next one is measured; what was learnt is kept.
+
+    Else the round would be measured from a version that is not the newest, and be late, and so would every later one.
+    """
+    assert slot.shard is not None
+    slot.flight = Flight(number, slot.version, r.step, 0.0, 0, 0, since=r.now)
+    slot.flight.sent = slot.shard.params.clone()
+    return replica_jobs.open_waiting(r, slot)
 
 
 def merge(r: Replica) -> list[Action]:

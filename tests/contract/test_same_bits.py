@@ -13,7 +13,7 @@ from diloco.comms.connect import connect
 from diloco.comms.driver import MachineThread
 from diloco.comms.grpc_server import GrpcServer
 from diloco.comms.local import LocalHub
-from diloco.comms.machine import Action, Compute, Computed, Connection, Send
+from diloco.comms.machine import Action, Compute, Computed, Connection, Lost, Send, Tick
 from diloco.comms.sim import Weather
 from diloco.config import RunConfig
 from diloco.coordinator.state import Coordinator
@@ -25,18 +25,16 @@ def settle(replica: Replica, connection: Connection, actions: list[Action]) -> N
     """Perform actions and wait, on one thread, until nothing holds the replica; then merge."""
     pending = list(actions)
     while True:
-        while pending or replica.blocked:
-            while pending:
-                action = pending.pop(0)
-                if isinstance(action, Send):
-                    connection.send(action.message)
-                elif isinstance(action, Compute):
-                    pending = [*replica.handle(Computed(action.job()), time.monotonic()), *pending]
-            event = connection.receive(0.2)
-            if event is not None:
-                pending += replica.handle(event, time.monotonic())
-        pending = replica.merge()
-        if not pending and not replica.blocked:
+        while pending:
+            action = pending.pop(0)
+            if isinstance(action, Send):
+                connection.send(action.message)
+            elif isinstance(action, Compute):
+                pending = [*replica.handle(Computed(action.job()), time.monotonic()), *pending]
+        if replica.blocked:
+            event = connection.receive(0.05) or Tick()
+            pending = replica.handle(event, time.monotonic())
+        elif not (pending := replica.merge()) and not replica.blocked:
             return
 
 
@@ -59,6 +57,8 @@ def work(c: RunConfig, connection: Connection, flavour: int, digests: dict[int, 
     limit = time.monotonic() + 20.0
     while replica.stopped is None and time.monotonic() < limit:
         event = connection.receive(0.2)
+        if isinstance(event, Lost):
+            break  # and with it the goodbye: nobody answers it
         if event is not None:
             replica.handle(event, time.monotonic())
     connection.close()
@@ -69,8 +69,10 @@ def run_workers(c: RunConfig, connecting: Callable[[], Connection]) -> dict[int,
     threads = [threading.Thread(target=work, args=(c, connecting(), i, digests)) for i in range(2)]
     for thread in threads:
         thread.start()
+    limit = time.monotonic() + 120.0
     for thread in threads:
-        thread.join(60.0)
+        thread.join(max(0.0, limit - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads), "a worker has not come to its end in two minutes"
     return digests
 
 
@@ -80,6 +82,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "g_bf16": {"codec": {"down": "g_bf16"}},
     "delayed": {"codec": {"down": "q4_ef"}, "stream": {"overlap": "delayed"}},
     "eager": {"codec": {"down": "mean_q", "ef": "on"}, "stream": {"overlap": "eager"}},
+    "roles": {
+        "codec": {
+            "down": "q4_ef",
+            "ef": "on",
+            "stochastic": True,
+            "block": 16,
+            "roles": {"embed": "int8", "scalar": "fp32"},
+        },
+        "stream": {"layout": "single"},
+    },
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diloco.comms import convert
+from diloco.comms import checked, convert
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import messages as m
 from diloco.comms.transfer import Ref
@@ -32,14 +32,23 @@ progress = st.builds(
     m.Progress,
     **{n: i64 for n in ("step", "tokens", "bytes_up", "bytes_down")},
     **{n: finite for n in ("loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s")},
-    **{n: finite for n in ("eval_start", "eval_end")},
+    **{n: finite for n in ("eval_start", "eval_end", "link_up_bps", "link_down_bps", "rtt_s")},
 )
 frames = st.lists(st.tuples(u32, st.binary(max_size=9)), max_size=3).map(tuple)
 who = {"worker": name, "incarnation": i64}
 
 FROM_WORKER: dict[type, st.SearchStrategy[Any]] = {
     m.Join: st.builds(
-        m.Join, name, st.integers(0, 2**64 - 1), text, text, text, versions=versions, step=i64, protocol=i64
+        m.Join,
+        name,
+        st.integers(0, 2**64 - 1),
+        text,
+        text,
+        text,
+        versions=versions,
+        step=i64,
+        protocol=i64,
+        epoch=i64,
     ),
     m.Heartbeat: st.builds(
         m.Heartbeat,
@@ -48,11 +57,14 @@ FROM_WORKER: dict[type, st.SearchStrategy[Any]] = {
         versions=versions,
         in_flight=st.lists(st.tuples(u32, i64), max_size=4).map(tuple),
     ),
-    m.Contribution: st.builds(m.Contribution, **who, fragment=u32, round=i64, frame=st.binary(max_size=9)),
+    m.Contribution: st.builds(
+        m.Contribution, **who, fragment=u32, round=i64, frame=st.binary(max_size=9), shard=i64
+    ),
     m.Initial: st.builds(m.Initial, **who, fragment=u32, frame=st.binary(max_size=9)),
     m.Skip: st.builds(m.Skip, **who, fragment=u32, round=i64, reason=text),
-    m.Fetch: st.builds(m.Fetch, **who, fragment=u32),
-    m.Leave: st.builds(m.Leave, **who, reason=text, progress=progress, digest=text),
+    m.Fetch: st.builds(m.Fetch, **who, fragment=u32, differs=text),
+    m.Leave: st.builds(m.Leave, **who, reason=text, progress=progress, digest=text, timeline=text),
+    m.Vote: st.builds(m.Vote, name, st.integers(0, 2**64 - 1), name, text),
 }
 FROM_COORDINATOR: dict[type, st.SearchStrategy[Any]] = {
     m.Waiting: st.builds(m.Waiting, st.lists(name, max_size=4).map(tuple), i64),
@@ -70,7 +82,8 @@ FROM_COORDINATOR: dict[type, st.SearchStrategy[Any]] = {
     m.Rejected: st.builds(m.Rejected, u32, i64, text),
     m.Aborted: st.builds(m.Aborted, u32, i64, text),
     m.Resend: st.builds(m.Resend, u32, i64),
-    m.Snapshot: st.builds(m.Snapshot, u32, i64, text, frames),
+    m.Snapshot: st.builds(m.Snapshot, u32, i64, text, frames, st.integers(-1, 2**62)),
+    m.Claim: st.builds(m.Claim, name, text),
 }
 
 
@@ -118,8 +131,8 @@ def test_nan_passes_in_progress_and_nowhere_else() -> None:
             convert.coordinator_from_proto(proto)
 
 
-LONG = "x" * (convert.MAX_REASON + 1)
-MANY = [1] * (convert.MAX_LIST + 1)
+LONG = "x" * (checked.MAX_REASON + 1)
+MANY = [1] * (checked.MAX_LIST + 1)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +147,8 @@ MANY = [1] * (convert.MAX_LIST + 1)
         (pb.WorkerMessage(heartbeat=pb.Heartbeat(worker="a", versions=MANY)), "Heartbeat.versions"),
         (pb.WorkerMessage(skip=pb.Skip(worker="a", reason=LONG)), "Skip.reason"),
         (pb.WorkerMessage(leave=pb.Leave(worker="a", digest=LONG)), "Leave.digest"),
+        (pb.WorkerMessage(leave=pb.Leave(worker="a", timeline="x" * (1 << 19))), "Leave.timeline"),
+        (pb.WorkerMessage(fetch=pb.Fetch(worker="a", differs=LONG)), "Fetch.differs"),
         (pb.WorkerMessage(contribution=pb.Contribution(worker="a")), "Contribution.frame"),
         (pb.WorkerMessage(initial=pb.Initial(worker="a")), "Initial.frame"),
     ],
