@@ -1,7 +1,8 @@
 """Who may call the coordinator: the gate before every call, with TLS and without. And what a peer is told.
 
 With keys each call, of whatever service, needs a certificate of the run's CA that is neither revoked nor expired:
-workers may do everything in their own name, operators may read the status. TLS itself has checked the signature.
+workers may train in their own name, operators may read the status, coordinators follow one another. TLS itself has
+checked the signature.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Context = aio.ServicerContext[bytes, bytes]
 JOINS = (20.0, 0.5)
 JOINS_PER_HOST = (500.0, 50.0)
 
+_FOR_COORDINATORS = (options.FOLLOW, options.FETCH_BLOB)
 _FOR_EVERYBODY = (options.GET_STATUS, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 
 
@@ -107,7 +109,12 @@ class Access:
     def check(self, method: str, context: Context) -> None:
         """The gate. Raises ForbiddenError."""
         identity = self.caller(context)
-        if identity is not None and identity.role != "worker" and method not in _FOR_EVERYBODY:
+        if identity is None or method in _FOR_EVERYBODY:
+            return
+        if method in _FOR_COORDINATORS:
+            if identity.role != "coordinator":
+                raise ForbiddenError(f"the {identity} is no coordinator: only one can be a standby")
+        elif identity.role != "worker":
             raise ForbiddenError(f"the {identity} may read the status and nothing else")
 
     def check_join(self, worker: str, context: Context) -> Identity | None:

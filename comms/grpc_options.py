@@ -26,12 +26,15 @@ __all__ = ["aio", "grpc", "health_pb2", "health_pb2_grpc"]
 
 COORDINATOR_SERVICE = "diloco.v1.CoordinatorService"
 TRANSFER_SERVICE = "diloco.v1.TransferService"
+FOLLOW_SERVICE = "diloco.v1.FollowService"
 SESSION = f"/{COORDINATOR_SERVICE}/Session"
 GET_STATUS = f"/{COORDINATOR_SERVICE}/GetStatus"
 BEGIN_UPLOAD = f"/{TRANSFER_SERVICE}/BeginUpload"
 UPLOAD = f"/{TRANSFER_SERVICE}/Upload"
 COMMIT_UPLOAD = f"/{TRANSFER_SERVICE}/CommitUpload"
 DOWNLOAD = f"/{TRANSFER_SERVICE}/Download"
+FOLLOW = f"/{FOLLOW_SERVICE}/Follow"
+FETCH_BLOB = f"/{FOLLOW_SERVICE}/FetchBlob"
 
 STALL_S = 30.0  # a stream on which no chunk moves for so long is given up
 UNARY_S = 10.0  # the deadline of unary calls

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,13 @@ from diloco.comms.transfer import OutOfPlaceError, cut
 from diloco.comms.uploads import Uploads
 from diloco.errors import ConfigError, CorruptDataError, EnvironmentProblem
 
-log = logging.getLogger(__name__)
-
 JOIN_S = 60.0  # how long a session may be open before its Join
 UPLOAD_KEPT_S = 60.0  # how long uploads outlive a broken session, so that they can be resumed
 MAX_SESSIONS = 1024
 PLACES = 256  # sessions per peer that have not joined yet
 WATCH_S = 1.0  # how often the list of revoked certificates is looked at
 MAX_ECHO = 1 << 20
-NO_REFUSALS = ("left", "complete", "incarnation")  # a goodbye, or "join again"
+NO_REFUSALS = ("left", "complete", "incarnation", "standby")  # a goodbye, or "join again"
 
 
 class GrpcServer:
@@ -64,7 +61,8 @@ class GrpcServer:
     `listen` is host:port, port 0 for any. With `keys`, a folder made by `diloco keys`, every call needs a
     certificate of that authority; without, only loopback is served, unless `insecure`. `audit` hears who came and
     who was refused. `max_upload_bytes_total` bounds the memory that all unfinished uploads together may take;
-    `object_limit` may lower `max_object_bytes` as soon as it is known what the largest object can be.
+    `object_limit` may lower `max_object_bytes` as soon as it is known what the largest object can be. `more` are the
+    handlers of further services.
     """
 
     def __init__(
@@ -82,6 +80,7 @@ class GrpcServer:
         max_uploads_per_worker: int = 64,
         chunk_bytes: int = CHUNK_BYTES,
         stall_s: float = options.STALL_S,
+        more: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
         if not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
             raise ConfigError(f"chunk_bytes: {chunk_bytes} is not between 1 and {MAX_CHUNK_BYTES}")
@@ -97,6 +96,7 @@ class GrpcServer:
         self._insecure = insecure
         self._chunk_bytes = chunk_bytes
         self._stall_s = stall_s
+        self._more = tuple(more)
         self._outbox = Outbox()
         self._uploads = Uploads(
             max_object_bytes, max_upload_bytes_total, max_uploads_per_worker, object_limit
@@ -120,9 +120,8 @@ class GrpcServer:
             ) from error
         if self._keys is None and not self._insecure and not is_loopback(host):
             raise EnvironmentProblem(
-                f"listen: {self._listen} is reachable from other machines and TLS is off: set up keys "
-                "(diloco keys init) and give --keys, "
-                "listen on 127.0.0.1, or allow it explicitly with --insecure"
+                f"listen: {self._listen} is reachable from other machines and TLS is off: set up keys (diloco keys "
+                "init) and give --keys, listen on 127.0.0.1, or allow it explicitly with --insecure"
             )
         return loop.run(self._start())
 
@@ -174,6 +173,7 @@ class GrpcServer:
                         "Download": grpc.unary_stream_rpc_method_handler(self._download),
                     },
                 ),
+                *self._more,
             )
         )
         await options.add_health(server)
@@ -325,8 +325,7 @@ class GrpcServer:
             self._status_call = asyncio.create_task(asyncio.to_thread(self._status))
         status = await asyncio.shield(self._status_call)
         echo = bytes(min(request.echo, MAX_ECHO))
-        response = pb.GetStatusResponse(json=json.dumps(status), echo=echo, time=time.time())
-        return response.SerializeToString()
+        return pb.GetStatusResponse(json=json.dumps(status), echo=echo, time=time.time()).SerializeToString()
 
     async def _begin_upload(self, raw: bytes, context: Context) -> bytes:
         async with refusals(context):

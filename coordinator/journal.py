@@ -55,8 +55,8 @@ class Journal:
             os.close(self._lock)
             raise StorageError(f"cannot open the journal {str(self._path)!r}: {error.strerror}") from None
         if fsync:  # the names of new files and folders must survive a power loss as well
-            _fsync_folder(folder)
-            _fsync_folder(folder.parent)
+            fsync_folder(folder)
+            fsync_folder(folder.parent)
         self._count = 0
 
     @property
@@ -88,6 +88,16 @@ class Journal:
             self._remember(record)
         self._require_blobs(records)
         self._count = len(records)
+        return records
+
+    def first(self, count: int) -> list[Record]:
+        """The first `count` records with their blobs, on any thread, while more are appended; changes nothing.
+
+        Raises StorageError for bulk data that is missing although a restart needs it.
+        """
+        lines = self._path.read_bytes().splitlines()[:count]
+        records: list[Record] = [(record, self._read_blobs(record)) for record in map(json.loads, lines)]
+        self._require_blobs(records)
         return records
 
     def _require_blobs(self, records: Sequence[Record]) -> None:
@@ -146,7 +156,7 @@ class Journal:
         finally:
             os.close(handle)
         if self._fsync:
-            _fsync_folder(self._blobs)
+            fsync_folder(self._blobs)
         return {"file": name, "sizes": [memoryview(blob).nbytes for blob in blobs]}
 
     def _read_blobs(self, record: Mapping[str, Any]) -> list[Buffer]:
@@ -155,7 +165,7 @@ class Journal:
             return []
         path = self._blobs / str(listed["file"])
         try:
-            data = _mapped(path)
+            data = mapped(path)
         except FileNotFoundError:
             return []
         if len(data) != sum(listed["sizes"]):
@@ -193,7 +203,7 @@ def open_journal(folder: Path, *, resume: bool, fsync: bool = True) -> Journal:
     return journal
 
 
-def _mapped(path: Path) -> memoryview:
+def mapped(path: Path) -> memoryview:
     """A file's bytes without reading them all into memory: a journal may hold many rounds of a large model."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
@@ -207,7 +217,8 @@ def _write_all(handle: int, data: Buffer) -> None:
         view = view[os.write(handle, view) :]
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Names of new and removed files in `folder` survive a power loss."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
