@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,19 +20,18 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Python has no setting for the lowest version, and reads this one when it is imported.
 os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
 
+from diloco.arguments import parse
 from diloco.config import RunConfig, check_distributed, warnings
-from diloco.doctor import add_command as add_doctor
 from diloco.errors import ConfigError, DilocoError, EnvironmentProblem, RefusedError, TransportError
-from diloco.keys import add_command as add_keys
 
 INTERRUPTED = 130
-KEYS_HELP = "certificates made by `diloco keys`: mutual TLS"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
+    arguments, overrides = parse(list(sys.argv[1:] if argv is None else argv))
+    run = _COMMANDS.get(arguments.command) or arguments.run
     try:
-        return int(arguments.run(arguments, overrides))
+        return int(run(arguments, overrides))
     except DilocoError as error:
         print(f"diloco {arguments.command}: {error}", file=sys.stderr)
         return error.exit_code
@@ -41,114 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EnvironmentProblem.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="diloco", description="Train one model across machines that can barely talk to each other."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    coordinator = commands.add_parser("coordinator", help="collect contributions and commit outer updates")
-    coordinator.add_argument("config", metavar="RUN.toml")
-    coordinator.add_argument("--listen", default="127.0.0.1:7700", metavar="HOST:PORT")
-    coordinator.add_argument("--resume", action="store_true", help="continue the run in the journal")
-    coordinator.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
-    coordinator.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
-    coordinator.add_argument("--insecure", action="store_true", help="serve other machines without TLS")
-    coordinator.set_defaults(run=_coordinator)
-
-    worker = commands.add_parser("worker", help="train on local data and contribute")
-    worker.add_argument("config", metavar="RUN.toml")
-    worker.add_argument("--coordinator", required=True, metavar="HOST:PORT[,HOST:PORT]")
-    worker.add_argument(
-        "--id", metavar="NAME", help="a lasting name; default: that of the keys, or host name and process id"
-    )
-    worker.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
-    worker.add_argument(
-        "--connections", type=int, default=1, metavar="K", help="TCP connections that share the data"
-    )
-    worker.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
-    worker.add_argument("--link", metavar="RATE,RTT", help="emulate a slow link, such as 2Mbit,50ms")
-    worker.set_defaults(run=_worker)
-
-    train = commands.add_parser("train", help="train on one node, without a coordinator; under torchrun too")
-    train.add_argument("config", metavar="RUN.toml")
-    train.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint, if there is one"
-    )
-    train.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
-    train.set_defaults(run=_train)
-
-    demo = commands.add_parser("demo", help="a coordinator and workers on this machine, real text, a report")
-    demo.add_argument("--workers", type=int, default=2)
-    demo.add_argument("--minutes", type=float, default=2.0, help="about how long to train")
-    demo.add_argument("--fresh", action="store_true", help="start afresh instead of resuming")
-    demo.add_argument("--link", metavar="RATE,RTT", help="emulate slow links, such as 2Mbit,50ms")
-    demo.set_defaults(run=_demo)
-
-    plan = commands.add_parser("plan", help="which H, overlap and codec keep a run computing on a given link")
-    plan.add_argument("--params", type=float, metavar="N")
-    plan.add_argument("--step-time", type=float, metavar="SECONDS")
-    plan.add_argument("--link", metavar="RATE", help="such as 200Mbit or 1Gbit")
-    plan.add_argument("--workers", type=int, default=2)
-    plan.add_argument(
-        "--table", choices=["published"], help="the papers' bandwidth tables beside this model's"
-    )
-    plan.add_argument("--schedule", action="store_true", help="compare learning-rate schedules instead")
-    plan.add_argument("--steps", type=int, metavar="N", help="of the run, with --schedule")
-    plan.add_argument("--warmup", type=int, default=0, metavar="N", help="steps, with --schedule")
-    plan.add_argument("--kind", metavar="KIND", help="the schedule that --lr is the best peak of")
-    plan.add_argument("--lr", type=float, metavar="LR", help="best peak learning rate so far")
-    plan.add_argument(
-        "--extend-to", type=int, metavar="N", help="steps of the longer run to rescale --lr for"
-    )
-    plan.add_argument(
-        "--cooldown", type=int, metavar="N", help="steps, of the run of --steps; default a fifth"
-    )
-    plan.add_argument(
-        "--done",
-        type=int,
-        metavar="N",
-        help="constant steps the longer run keeps; default: up to the cooldown",
-    )
-    plan.add_argument("--json", action="store_true")
-    plan.set_defaults(run=_plan)
-
-    params = commands.add_parser("params", help="which optimizer trains which parameter, and at which rates")
-    params.add_argument("config", metavar="RUN.toml")
-    params.add_argument("--json", action="store_true")
-    params.set_defaults(run=_params)
-
-    for name, text in (("status", "print a run's state once"), ("top", "watch a run")):
-        view = commands.add_parser(name, help=text)
-        view.add_argument("--coordinator", required=True, metavar="HOST:PORT")
-        view.add_argument("--json", action="store_true")
-        view.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
-        view.set_defaults(run=_status if name == "status" else _top)
-
-    add_keys(commands)
-    add_doctor(commands)
-
-    known, rest = parser.parse_known_args(argv)
-    return known, _overrides(parser, rest)
-
-
-def _overrides(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
-    """``--stream.H 100`` or ``--stream.H=100`` as ``stream.H=100``."""
-    found, index = [], 0
-    while index < len(rest):
-        key, equals, value = rest[index].partition("=")
-        if not key.startswith("--") or "." not in key:
-            parser.error(f"unrecognized argument: {rest[index]}")
-        if not equals:
-            index += 1
-            if index == len(rest):
-                parser.error(f"{key} needs a value")
-            value = rest[index]
-        found.append(f"{key[2:]}={value}")
-        index += 1
-    return found
 
 
 def _run_dir(config: RunConfig) -> Path:
@@ -180,6 +71,7 @@ def _stop_on_signals() -> threading.Event:
 
 def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from diloco.comms.metrics import CoordinatorCollector, serve
+    from diloco.coordinator.rebuild import remember
     from diloco.coordinator.service import CoordinatorService
 
     config = RunConfig.load(arguments.config, overrides)
@@ -195,11 +87,13 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
         resume=arguments.resume,
         insecure=arguments.insecure,
         keys=arguments.keys,
+        standby=arguments.standby,
     )
     port = service.start()
     stop_metrics = None
     complete = False
     try:
+        remember(config, folder)
         (host, metrics_port), stop_metrics = serve(
             arguments.metrics, CoordinatorCollector(service.status), arguments.keys
         )
@@ -208,12 +102,14 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
             if service.resumed
             else "new"
         )
+        if arguments.standby is not None:
+            how = f"standby of {arguments.standby}"
         _say(
             f"run {config.run.run_id} ({how}): listening on port {port}, metrics {_url(host, metrics_port, arguments.keys)}"
         )
         while not (complete := service.wait(0.2)) and not stop.is_set():
             pass
-        if complete:
+        if complete and service.leads:
             _finish(service, folder)
     finally:
         service.close(linger=complete)
@@ -221,7 +117,7 @@ def _coordinator(arguments: argparse.Namespace, overrides: list[str]) -> int:
             stop_metrics()
     if complete:
         return 0
-    _say("stopped; continue with --resume")
+    _say(f"stopped; continue with {'--resume' if service.leads else '--standby'}")
     return INTERRUPTED
 
 
@@ -231,8 +127,9 @@ def _finish(service: Any, folder: Path) -> None:
 
     path = service.export()
     facts = service.status()
-    report = build_report(facts, parameters=service.machine.plan.numel)
-    write_report(folder, report, read_series(folder / "progress.jsonl"), facts["fragments"])
+    plan, series = service.machine.plan, read_series(folder / "progress.jsonl")
+    report = build_report(facts, parameters=plan.numel, plan=plan, series=series)
+    write_report(folder, report, series, facts["fragments"])
     _say(f"complete: {report['commits']} commits, final parameters {path}, report {folder / 'report.html'}")
 
 
@@ -342,11 +239,15 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if arguments.schedule:
         return _plan_schedule(arguments)
-    missing = [n for n in ("params", "step_time", "link") if getattr(arguments, n) is None]
-    if missing:
-        names = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ConfigError(f"plan: give {names} too, or --table published")
-    print_plan(arguments.params, arguments.step_time, arguments.link, arguments.workers, arguments.json)
+    print_plan(
+        arguments.params,
+        arguments.step_time,
+        arguments.link,
+        arguments.workers,
+        arguments.json,
+        coordinator_link=arguments.coordinator_link,
+        profile=arguments.profile,
+    )
     return 0
 
 
@@ -392,6 +293,18 @@ def _top(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 return 0
     return 0
 
+
+# What is not here lives in a module of its own, which says so to the parser.
+_COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+    "coordinator": _coordinator,
+    "worker": _worker,
+    "train": _train,
+    "demo": _demo,
+    "plan": _plan,
+    "params": _params,
+    "status": _status,
+    "top": _top,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
