@@ -15,10 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from diloco.codec_section import Codec, codec_problems
 from diloco.errors import ConfigError, nearest
+from diloco.ignored_settings import ignored_warnings
 from diloco.optim_section import AVERAGING, Optim, composition_problem
 from diloco.schedules_section import Schedule, schedule_problems, schedule_warnings
 from diloco.stream_checks import stream_problems, stream_warnings
+from diloco.topology_checks import topology_problems
 
 
 class Section(BaseModel):
@@ -86,7 +89,7 @@ class Outer(Section):
     gpa_mu_x: float = Field(0.9, ge=0, le=1)
     gpa_mu_y: float = Field(0.9, gt=0, le=1)
     gpa_lr: float = Field(4.0, ge=0)
-    gradient_clip: float | None = Field(None, gt=0)
+    gradient_clip: float | None = Field(None, gt=0)  # largest L2 norm of a fragment's mean update
 
 
 class Stream(Section):
@@ -101,17 +104,9 @@ class Stream(Section):
     merge: Literal["lerp", "delay_corrected"] = "lerp"
     compensate: float = Field(0.0, ge=0)  # delayed, async: how much of the Taylor correction
     final_flush: bool = True
-
-
-class Codec(Section):
-    up: str = "e3m0"
-    down: Literal["relay", "mean_q", "q4_ef", "g_fp32", "g_bf16"] = "relay"
-    block: int = Field(256, ge=1)
-    stochastic: bool = False
-    ef: Literal["off", "on"] = "off"
-    ef_beta: float = Field(0.95, ge=0, le=1)
-    topk: int = Field(64, ge=2)
-    chunk: int = Field(4096, ge=2)
+    pace: float = Field(
+        0.0, ge=0, le=0.9
+    )  # share of the time until the merge over which a transfer is spread
 
 
 class Fault(Section):
@@ -128,6 +123,8 @@ class Fault(Section):
     quarantine_after: int = Field(
         5, ge=0
     )  # bad contributions before a worker is shut out for a while; 0: never
+    standby_s: float = Field(5.0, gt=0)  # how long words to workers may wait for the standby's disk
+    takeover_s: float = Field(2.0, gt=0)  # of the coordinator's absence, before its standby asks for votes
 
 
 class Weights(Section):
@@ -155,6 +152,7 @@ class Topology(Section):
     journal: str | None = None  # None: runs/<run_id>/journal
     fsync: bool = True
     checkpoint_every_commits: int = Field(50, ge=1)
+    standby: Literal["auto", "off"] = "auto"  # off: serve none, and forget one that will never come back
 
 
 class RunConfig(Section):
@@ -214,13 +212,18 @@ class RunConfig(Section):
 def _override(raw: dict[str, Any], item: str) -> None:
     key, separator, value = item.partition("=")
     parts = key.split(".")
-    if not separator or len(parts) != 2:
+    if not separator or (len(parts) != 2 and parts[:-1] != ["codec", "roles"]):
         raise ConfigError(f"override {item!r} is not of the form section.key=value, such as stream.H=100")
     try:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string, as people type it on a command line
-    raw.setdefault(parts[0], {})[parts[1]] = parsed
+    table = raw
+    for name in parts[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {item!r}: {name} is a value, not a section with keys of its own")
+    table[parts[-1]] = parsed
 
 
 def _known(location: tuple[int | str, ...]) -> list[str]:
@@ -241,6 +244,8 @@ def _explain(item: Any) -> str:
     message = re.sub(r"^Value error, ", "", item["msg"])
     if item["type"] == "value_error" and isinstance(item["input"], dict):
         return message  # a whole section: the message names the keys
+    if item["type"] == "literal_error":
+        message += nearest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     return f"{name} = {item['input']!r}: {message}" if name else message
 
 
@@ -258,11 +263,9 @@ def _impossible(c: RunConfig) -> list[str]:
         )
     if c.fault.dead_s <= c.fault.suspect_s:
         found.append(f"fault.dead_s = {c.fault.dead_s} must exceed fault.suspect_s = {c.fault.suspect_s}")
-    if c.codec.block & (c.codec.block - 1):
-        found.append(f"codec.block = {c.codec.block} must be a power of two, such as 256")
-    if c.codec.topk % 2:
-        found.append(f"codec.topk = {c.codec.topk} must be even: two indices share three bytes")
+    found += codec_problems(c.codec)
     found += stream_problems(c)
+    found += topology_problems(c)
     found += _robust_problems(c)
     found += schedule_problems(c.schedule, c.run.inner_steps_total, c.optim.kind, c.optim.momentum)
     around = composition_problem(c.optim.kind, c.train.outer)
@@ -277,10 +280,11 @@ def _impossible(c: RunConfig) -> list[str]:
 
 def _robust_problems(c: RunConfig) -> list[str]:
     kind, found = c.robust.kind, []
-    if c.codec.up == "topk" and kind not in ("mean", "clip_median", "norm_outlier"):
+    sparse = [key for key, name in c.codec.names().items() if name == "topk"]
+    if sparse and kind not in ("mean", "clip_median", "norm_outlier"):
         found.append(
-            f"robust.kind = {kind!r} needs every value of a contribution and codec.up = 'topk' sends few: "
-            "use 'clip_median' or 'norm_outlier', or another codec.up"
+            f"robust.kind = {kind!r} needs every value of a contribution and {sparse[0]} = 'topk' sends few: "
+            f"use 'clip_median' or 'norm_outlier', or another {sparse[0]}"
         )
     if kind == "trimmed" and c.topology.workers > 2 and 2 * c.robust.trim >= c.topology.workers:
         found.append(
@@ -316,15 +320,11 @@ def _robust_warnings(c: RunConfig) -> list[str]:
 _ONLY: dict[str, tuple[Any, ...]] = {
     "data.mode": ("static",),
     "data.noniid": ("none",),
-    "codec.stochastic": (False,),
     "fault.late": ("skip",),
-    "weights.mode": ("uniform", "tokens", "tokens_rate"),
-    "topology.kind": ("central",),
-    "outer.gradient_clip": (None,),
+    "topology.kind": ("central", "replicated"),
     "fault.gamma": (0.9,),
     "fault.rebase": (True,),
 }
-_BECAUSE = {"weights.mode": ": the coordinator is not told how large a worker's shard is"}
 
 
 def _not_offered(c: RunConfig) -> list[str]:
@@ -334,7 +334,7 @@ def _not_offered(c: RunConfig) -> list[str]:
         value = getattr(getattr(c, section), key)
         if value not in offered:
             found.append(
-                f"{name} = {value!r} is not available in this version{_BECAUSE.get(name, '')}; "
+                f"{name} = {value!r} is not available in this version; "
                 f"use one of {', '.join(map(repr, offered))}"
             )
     return found
@@ -361,7 +361,7 @@ def warnings(c: RunConfig) -> list[str]:
             "stream.overlap = 'none' means tau = 0 and alpha = 0; the given tau and alpha are ignored"
         )
     found += stream_warnings(c)
-    found += _robust_warnings(c)
+    found += _robust_warnings(c) + ignored_warnings(c)
     if (
         c.codec.up == "topk"
         and c.codec.ef == "on"

@@ -14,7 +14,9 @@ SHARED = ("outer", "stream", "codec", "weights", "robust")
 def settings_json(config: RunConfig) -> str:
     """Canonical JSON of the shared sections and the run's identity, length and seed."""
     shared: dict[str, Any] = {name: getattr(config, name).model_dump(mode="json") for name in SHARED}
-    del shared["stream"]["tau"]  # when a worker takes a commit in changes nothing for the others (2501.18512)
+    # When a worker takes a commit in, and how fast it sends, changes nothing for the others (2501.18512).
+    del shared["stream"]["tau"], shared["stream"]["pace"]
+    shared["topology"] = {"kind": config.topology.kind}
     shared["run"] = {"seed": config.run.seed, "inner_steps_total": config.run.inner_steps_total}
     return json.dumps(shared, sort_keys=True)
 

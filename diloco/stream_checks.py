@@ -63,6 +63,11 @@ def _eager_problems(c: RunConfig) -> list[str]:
             found.append(
                 f"{name} = {value!r} cannot be combined with stream.overlap = 'eager': {why}; use {use}"
             )
+    if c.outer.gradient_clip is not None:
+        found.append(
+            f"outer.gradient_clip = {c.outer.gradient_clip} cannot be combined with stream.overlap = 'eager': the "
+            "workers' values must have an average, and clipped updates have none; leave it unset"
+        )
     return found
 
 
@@ -117,6 +122,24 @@ def stream_warnings(c: RunConfig) -> list[str]:
         found.append(
             f"outer.lr = {c.outer.lr} with stream.overlap = 'delayed': updates a round old need about half the usual "
             "one; or use 'eager'"
+        )
+    return found + _pace_warnings(c)
+
+
+def _pace_warnings(c: RunConfig) -> list[str]:
+    mode = c.stream.overlap
+    found: list[str] = []
+    if not c.stream.pace:
+        return found
+    if mode in ("none", "async") or (mode in ("inner", "delay_corrected") and not c.stream.tau):
+        found.append(
+            f"stream.pace = {c.stream.pace} has no effect: with stream.overlap = {mode!r} and stream.tau = "
+            f"{c.stream.tau} the worker waits for each answer, so nothing is held back"
+        )
+    if c.fault.fixed_grace_s is not None:
+        found.append(
+            f"stream.pace = {c.stream.pace} lets slower workers' contributions come later: fault.fixed_grace_s = "
+            f"{c.fault.fixed_grace_s} must be longer than that difference, or leave it unset"
         )
     return found
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import pytest
 
 import diloco
-from diloco.cli import _parse
+from diloco.arguments import parse
 from diloco.config import _ONLY, RunConfig
 from diloco.errors import ConfigError
 from diloco.optim_section import _ALWAYS, _USES
@@ -95,7 +95,7 @@ def accepted(line: str) -> tuple[argparse.Namespace, list[str]] | None:
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
-            return _parse(shlex.split(line, comments=True)[1:])
+            return parse(shlex.split(line, comments=True)[1:])
     except SystemExit as stop:
         assert stop.code == 0, f"{line!r} is refused: {heard.getvalue()}"
         return None
@@ -198,7 +198,7 @@ def test_the_readme_shows_every_command_and_no_other() -> None:
     shown = {line.split()[1] for line in commands(README) if not line.split()[1].startswith("-")}
     status = {row[0]: row for row in rows(section(README, "What works, and what does not yet"))}
     with contextlib.redirect_stdout(io.StringIO()) as heard, pytest.raises(SystemExit):
-        _parse(["--help"])
+        parse(["--help"])
     offered = set(re.findall(r"^    (\w+)", heard.getvalue(), re.MULTILINE))
     assert "coordinator" in offered and shown == offered
     assert not offered & set(status["Commands"][2].split(", "))

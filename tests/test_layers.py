@@ -17,13 +17,17 @@ FLOORS = {"kernels": 0, "comms": 2, "coordinator": 3, "worker": 3}
 ENTRY_POINTS = {
     "diloco",
     "diloco.__main__",
+    "diloco.arguments",
     "diloco.chaos",
     "diloco.cli",
     "diloco.demo",
     "diloco.doctor",
+    "diloco.founding",
+    "diloco.export",
     "diloco.keys",
     "diloco.live",
     "diloco.params",
+    "diloco.peer",
     "diloco.plan_schedule",
     "diloco.planning",
     "diloco.training",
@@ -57,7 +61,7 @@ MODULES = {module_name(path) for path in PACKAGE} | {f"diloco.{name}" for name i
 
 def floor(module: str) -> tuple[int, str]:
     """Height of a module of ours, and the name of its floor."""
-    if module in ENTRY_POINTS:
+    if module in ENTRY_POINTS or module.startswith("diloco.chaos."):
         return 4, "entry points"
     second = module.split(".")[1]
     return (FLOORS[second], second) if second in FLOORS else (1, "diloco")

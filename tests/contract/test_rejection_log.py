@@ -26,7 +26,7 @@ def test_a_refused_worker_is_logged_once_per_cause_and_counted(
         connection = connect(f"127.0.0.1:{service.start()}")
         model = ToyModel(plan_of(c), 0)
         replica = Replica(plan_of(c), c, model, worker="w", nonce=1)
-        replica.codec = LyingCodec(replica.codec, LIES["nan"])  # type: ignore[assignment]
+        replica.codecs = [LyingCodec(codec, LIES["nan"]) for codec in replica.codecs]
         settle(replica, connection, [])
         while replica.step < 15:
             model.train_step(replica.step + 1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diloco.comms.codec import Codec
+from diloco.comms.codec import Codec, Payload
 from diloco.config import RunConfig
 from tests.toy import Cluster, ToyModel, config
 
@@ -42,13 +42,13 @@ class LyingCodec:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def encode(self, delta: Tensor) -> bytes:
+    def encode(self, delta: Tensor, key: tuple[int, ...] = ()) -> bytes:
         said = self.lie(delta) if self.active() else delta
         if bool(torch.isfinite(said).all()):
-            return self.inner.encode(said)
+            return self.inner.encode(said, key)
         return np.full(delta.numel(), np.nan, dtype="<f4").tobytes()  # fp32 as it lies on the wire
 
-    def norm(self, payload: bytes, n: int) -> float:
+    def norm(self, payload: Payload, n: int) -> float:
         raw = np.frombuffer(payload, dtype="<f4") if self.inner.name == "fp32" else np.zeros(1)
         return 1.0 if np.isnan(raw).any() else self.inner.norm(payload, n)
 
@@ -89,5 +89,5 @@ def with_liar(
     """A cluster of `topology.workers`, one of which lies."""
     cluster = iid(Cluster(c, flavours=(0,) * c.topology.workers))
     replica = cluster.workers[position].replica
-    replica.codec = LyingCodec(replica.codec, LIES[lie], lambda: active(cluster))  # type: ignore[assignment]
+    replica.codecs = [LyingCodec(codec, LIES[lie], lambda: active(cluster)) for codec in replica.codecs]
     return cluster

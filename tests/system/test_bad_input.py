@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from diloco.comms import downlink, frame
+from diloco.comms import frame, uplink
 from diloco.comms.connect import connect
 from diloco.comms.machine import Connection, Received
 from diloco.comms.messages import Contribution, Join, Leave, Progress, Rejected, Welcome
@@ -158,7 +158,7 @@ def _send_bad_frames(cluster: Cluster) -> None:
         connection.send(Join("liar", 77, "r", plan.describe(), settings_json(config)))
         welcome = _receive(connection, Welcome)
         good = frame.encode_frame(
-            downlink.uplink_codec(config.codec),
+            uplink.uplink_codec(config.codec),
             torch.randn(plan.fragments[0].numel, generator=torch.Generator().manual_seed(1)),
             fragment=0,
             round=1,

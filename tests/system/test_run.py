@@ -16,6 +16,7 @@ from safetensors import safe_open
 from diloco import outer
 from diloco.comms import codec, downlink, frame
 from diloco.comms.link import Link, Relay
+from diloco.comms.uplink import uplink_codec
 from diloco.config import RunConfig
 from diloco.fragments import FragmentPlan, gather
 from tests.processes import SLOW, Cluster, assert_all_identical, assert_versions_have_no_gap, wait_for
@@ -142,7 +143,7 @@ def _expected_bytes(cluster: Cluster) -> tuple[int, int]:
     """What the wire formulas say, both directions, for two workers that contributed to every commit."""
     config = RunConfig.load(cluster.folder / cluster.config)
     sizes = [f.numel for f in _plan(cluster).fragments]
-    uplink, fp32 = downlink.uplink_codec(config.codec), codec.get("fp32")
+    uplink, fp32 = uplink_codec(config.codec), codec.get("fp32")
     commits = [c["fragment"] for c in cluster.commits]
     answers = sum(frame.frame_size(uplink, sizes[p]) for p in commits)
     values = sum(frame.frame_size(fp32, n) for n in sizes)
@@ -169,6 +170,23 @@ def _assert_bytes_match(finished: Finished) -> None:
 def test_reported_bytes_equal_the_formulas_and_what_passed_the_sockets(finished: Finished) -> None:
     """Frames are counted exactly; HTTP/2, gRPC and all control messages add less than 3 %."""
     _assert_bytes_match(finished)
+
+
+def test_the_report_predicts_its_bytes_and_shows_every_fragments_overlap(finished: Finished) -> None:
+    """The prediction's bytes are the wire formulas'; each worker's rounds are in the report, and its log compares too."""
+    report = finished.cluster.report
+    prediction = report["prediction"]
+    assert (prediction["bytes_up"], prediction["bytes_down"]) == _expected_bytes(finished.cluster)
+    assert prediction["measured"]["bytes_up"] == report["bytes_up"]
+    assert 0 < prediction["compute_utilisation"] <= 1 and prediction["inputs"]["workers"] == 2
+    assert prediction["inputs"]["rtt_s"] > 0
+    rounds = {p: found["rounds"] for p, found in report["overlap"].items()}
+    assert rounds == {p: 2 * commits for p, commits in report["versions"].items()}
+    page = (finished.cluster.run_dir / "report.html").read_text(encoding="utf-8")
+    assert page.count("hidden bar") + page.count('class="exposed"') > sum(rounds.values())
+    for name in ("w0", "w1"):
+        (log,) = finished.cluster.folder.glob(f"*-{name}.log")
+        assert "predicted: compute utilisation" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.long

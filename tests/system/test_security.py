@@ -22,7 +22,7 @@ import torch
 
 from diloco.cli import main
 from diloco.comms import diloco_v1_pb2 as pb
-from diloco.comms import diloco_v1_pb2_grpc, downlink, frame, tls
+from diloco.comms import diloco_v1_pb2_grpc, frame, tls, uplink
 from diloco.comms.authority import Authority
 from diloco.comms.connect import connect
 from diloco.comms.convert import worker_to_proto
@@ -216,7 +216,7 @@ def _replay(cluster: Secured) -> None:
         connection.send(Join("eve", 77, "r", plan.describe(), settings_json(config)))
         welcome = _receive(connection, Welcome)
         honest = frame.encode_frame(
-            downlink.uplink_codec(config.codec),
+            uplink.uplink_codec(config.codec),
             1e-4 * torch.randn(plan.fragments[0].numel, generator=torch.Generator().manual_seed(1)),
             fragment=0,
             round=1,

@@ -13,11 +13,12 @@ from diloco.settings import difference, settings_json
 
 
 def test_an_empty_file_gives_the_published_defaults() -> None:
-    """H=30, tau=1, alpha=.5, Nesterov .4/.9, E3M0 in blocks of 256, relay."""
+    """H=30, tau=1, alpha=.5, Nesterov .4/.9, E3M0 in blocks of its own, relay, no outer clipping."""
     c = RunConfig.from_toml("")
     assert (c.stream.H, c.stream.tau, c.stream.alpha) == (30, 1, 0.5)
     assert (c.outer.kind, c.outer.lr, c.outer.momentum) == ("nesterov", 0.4, 0.9)
-    assert (c.codec.up, c.codec.block, c.codec.down) == ("e3m0", 256, "relay")
+    assert (c.codec.up, c.codec.block, c.codec.bits, c.codec.down) == ("e3m0", None, None, "relay")
+    assert c.outer.gradient_clip is None
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,7 @@ def test_an_empty_file_gives_the_published_defaults() -> None:
         ("[stream]\nfrag_layer = 3", r"did you mean 'frag_layers'\?"),
         ("[streem]\nH = 3", r"unknown configuration key 'streem'; did you mean 'stream'\?"),
         ("[outer]\nqqqqqqqq = 1", r"unknown configuration key 'outer\.qqqqqqqq'$"),
+        ("[stream]\noverlap = 'iner'", r"stream\.overlap = 'iner'.*; did you mean 'inner'\?"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest_known_one(text: str, said: str) -> None:
@@ -66,6 +68,8 @@ def test_an_override_of_another_form_is_refused(item: str) -> None:
         (["fault.suspect_s=1.0"], r"fault\.suspect_s = 1\.0 must exceed fault\.heartbeat_s"),
         (["fault.dead_s=5.0"], r"fault\.dead_s = 5\.0 must exceed fault\.suspect_s"),
         (["codec.block=100"], r"codec\.block = 100 must be a power of two"),
+        (["codec.bits=3"], r"codec\.bits = 3: .* 2, 4 or 8"),
+        (["outer.gradient_clip=0.0"], r"outer\.gradient_clip = 0\.0"),
         (["codec.topk=63"], r"codec\.topk = 63 must be even"),
         (["stream.alpha=1.5"], r"stream\.alpha = 1\.5"),
         (["stream.alpha=-0.1"], r"stream\.alpha = -0\.1"),
@@ -80,7 +84,28 @@ def test_an_override_of_another_form_is_refused(item: str) -> None:
             r"weights\.merge = 'rda' cannot be combined with robust\.kind = 'centered_clip'",
         ),
         (["robust.rho=-1.0"], r"robust\.rho.* = -1\.0"),
-        (["weights.mode=shard"], r"not told how large a worker's shard is"),
+        (["codec.up=int9"], r"codec\.up = 'int9' is no codec; did you mean 'int8'"),
+        (["codec.roles.embed=int9"], r"codec\.roles\.embed = 'int9' is no codec"),
+        (["codec.block=131072"], r"codec\.block = 131072 must be a power of two from 2 to 65536"),
+        (["codec.up=topk", "codec.chunk=32"], r"codec\.topk = 64 keeps more than the codec\.chunk = 32"),
+        (["codec.up=topk", "codec.chunk=48"], r"codec\.chunk = 48 must be a power of two"),
+        (["codec.stochastic=true", "codec.up=bf16"], r"codec\.up = 'bf16', which has no stochastic rounding"),
+        (["codec.stochastic=true", "codec.up=fp32"], r"codec\.up = 'fp32', which has no stochastic rounding"),
+        (
+            ["codec.stochastic=true", "codec.roles.head=stat"],
+            r"codec\.roles\.head = 'stat', which has no stochastic rounding: use one of int8",
+        ),
+        (
+            ["codec.groups=tensor"],
+            r"codec\.groups = 'tensor' has an effect with the codecs 'stat' and 'topk' only",
+        ),
+        (["codec.groups=row", "codec.up=topk"], r"codec\.groups = 'row' is for the codec 'stat'"),
+        (
+            ["codec.roles.matrix=topk", "robust.kind=trimmed"],
+            r"robust\.kind = 'trimmed' needs every value of a contribution and codec\.roles\.matrix = 'topk'",
+        ),
+        (["codec.roles.embd=int8"], r"unknown configuration key 'codec\.roles\.embd'; did you mean 'embed'"),
+        (["codec.roles.embed.x=1"], "section.key=value"),
         (["stream.H=0"], r"stream\.H = 0"),
     ],
 )
@@ -102,7 +127,7 @@ def test_all_problems_come_in_one_message() -> None:
     "item",
     [
         "data.noniid=kmeans",
-        "codec.stochastic=true", "fault.late=carry", "weights.mode=shard",
+        "fault.late=carry",
         "topology.kind=dht",
     ],
 )  # fmt: skip
@@ -162,6 +187,9 @@ def test_shared_settings_are_compared_and_private_ones_are_not() -> None:
     assert found is not None and found.startswith("outer.lr = 0.1 on the worker and 0.4 in the run")
     robust = difference(ours, settings_json(RunConfig.from_toml("", ["robust.kind=clip_median"])))
     assert robust is not None and robust.startswith("robust.kind = 'clip_median' on the worker")
+    for item in ("codec.bits=2", "codec.block=64", "outer.gradient_clip=1.0"):
+        found = difference(ours, settings_json(RunConfig.from_toml("", [item])))
+        assert found is not None and found.startswith(item.replace("=", " = ") + " on the worker and None in")
     for garbage in ("[]", "3", '{"outer": 3}', '{"outer": null}'):
         assert " = None on the worker" in str(difference(ours, garbage))
     assert difference(ours, "[" * 100_000) == "the worker's settings are not valid JSON"

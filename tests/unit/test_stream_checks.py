@@ -22,6 +22,10 @@ ASYNC = ["stream.overlap=async", "codec.down=g_fp32"]
         ),
         ([*EAGER, "codec.down=q4_ef"], r"use 'relay' or 'mean_q'"),
         ([*EAGER, "outer.kind=adam"], r"outer\.kind = 'adam' .* use 'nesterov' or 'sgd' or 'sgdm'"),
+        (
+            [*EAGER, "outer.gradient_clip=1.0"],
+            r"outer\.gradient_clip = 1\.0 cannot be combined with .* 'eager': .* leave it unset",
+        ),
         ([*EAGER, "weights.mode=tokens"], r"weights\.mode = 'tokens' cannot be combined"),
         ([*EAGER, "robust.kind=clip_median"], r"robust\.kind = 'clip_median' cannot be combined"),
         (
@@ -77,6 +81,9 @@ def test_every_overlap_mode_is_offered(overrides: list[str]) -> None:
         ([*ASYNC, "topology.workers=4"], "fault.s_max = 1 with topology.workers = 4 rejects workers"),
         ([*ASYNC, "fault.s_max=9"], "moves too far: set weights.dn_N = topology.workers = 2"),
         (["stream.overlap=delayed"], "outer.lr = 0.4 with stream.overlap = 'delayed'"),
+        (["stream.pace=0.5", "stream.tau=0"], "stream.pace = 0.5 has no effect"),
+        (["stream.pace=0.5", "stream.overlap=none"], "stream.pace = 0.5 has no effect"),
+        (["stream.pace=0.5", "fault.fixed_grace_s=1"], "fault.fixed_grace_s = 1.0 must be longer"),
     ],
 )
 def test_overlap_settings_that_are_probably_not_meant_are_warned_about(
@@ -94,8 +101,9 @@ def test_several_fragments_in_flight_are_told_once_the_plan_is_known() -> None:
     assert plan_warnings(RunConfig.from_toml("", [*EAGER, "stream.tau=4"]), 8) == []
 
 
-def test_tau_is_each_workers_own_affair() -> None:
-    """Two workers of one run may merge after different numbers of steps; alpha they share."""
+def test_tau_and_pace_are_each_workers_own_affair() -> None:
+    """Two workers of one run may merge after different numbers of steps, and send at different rates; alpha they share."""
     ours = settings_json(RunConfig())
     assert difference(ours, settings_json(RunConfig.from_toml("", ["stream.tau=5"]))) is None
+    assert difference(ours, settings_json(RunConfig.from_toml("", ["stream.pace=0.5"]))) is None
     assert difference(ours, settings_json(RunConfig.from_toml("", ["stream.alpha=0.2"]))) is not None
