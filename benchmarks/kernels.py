@@ -36,11 +36,14 @@ Row = dict[str, Any]
 
 
 def copy(to: Tensor, source: Tensor, count: int, threads: int) -> None:
-    """memcpy of `count` bytes in equal shares."""
-    share = -(-count // threads)
+    """memcpy of `count` bytes in equal shares; again and again over the same memory if it has fewer."""
+    times = -(-count // (4 * min(to.numel(), source.numel())))
+    once = count // times
+    share = -(-once // threads)
 
     def part(at: int) -> None:
-        ctypes.memmove(to.data_ptr() + at, source.data_ptr() + at, min(share, count - at))
+        for _ in range(times):
+            ctypes.memmove(to.data_ptr() + at, source.data_ptr() + at, min(share, once - at))
 
     others = [threading.Thread(target=part, args=(share * t,)) for t in range(1, threads)]
     for other in others:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Settings = dict[str, Any]
@@ -148,10 +148,8 @@ STREAM = {"stream.layout": "strided", "stream.frag_layers": 1, "stream.overlap":
 MUON = {"optim.kind": "muon"}
 MUON_LR: Axes = (("optim.lr", (0.008, 0.004, 0.016)),)
 OUTER_RULES: tuple[tuple[str, str, Settings], ...] = (
-    ("default", "Nesterov 0.4/0.9, the default", {"outer.lr": 0.4, "outer.momentum": 0.9}),
-    ("published", "Nesterov 0.7/0.9, as published", {"outer.lr": 0.7, "outer.momentum": 0.9}),
     ("demo", "Nesterov 0.8/0.4, the demo's", {"outer.lr": 0.8, "outer.momentum": 0.4}),
-    ("mean", "plain averaging (SGD, lr 1)", {"outer.kind": "sgd", "outer.lr": 1.0, "outer.momentum": 0.0}),
+    ("default", "Nesterov 0.4/0.9, the default", {"outer.lr": 0.4, "outer.momentum": 0.9}),
     (
         "warm",
         "momentum warm-up: lr 0.75, mu = min(0.9, n/(n+50))",
@@ -162,6 +160,8 @@ OUTER_RULES: tuple[tuple[str, str, Settings], ...] = (
         "constant gain: mu as above, lr = min(1, 1.25 (1-mu))",
         {"bench.outer": "gain", "bench.every": 50.0, "outer.lr": 1.25, "outer.momentum": 0.9},
     ),
+    ("mean", "plain averaging (SGD, lr 1)", {"outer.kind": "sgd", "outer.lr": 1.0, "outer.momentum": 0.0}),
+    ("published", "Nesterov 0.7/0.9, as published", {"outer.lr": 0.7, "outer.momentum": 0.9}),
 )
 ROUNDS = {20: 50, 1: 1000, 10: 100, 4: 250}
 
@@ -194,8 +194,11 @@ def comparisons() -> list[tuple[Entry, tuple[int, ...]]]:
     stat_tensor = Entry("c-stat2-tensor", "2-bit stat per tensor", tables, ("h10",))
     codecs = [codec(name, False) for name in CODECS]
     with_ef = [codec(name, True) for name in CODECS]
-    none_long = Entry("none-long", "no communication", {**none.over, **LONG}, ("none",))
-    parallel_long = Entry("parallel-long", "data parallel", {**parallel.over, **LONG}, ("parallel",))
+    ends = {"none": "none-long", "parallel": "parallel-long"}
+    none_long = replace(none, name="none-long", over={**none.over, **LONG}, like=("none",), axes=(), **ends)
+    parallel_long = replace(
+        parallel, name="parallel-long", over={**parallel.over, **LONG}, like=("parallel",), axes=(), **ends
+    )
 
     def lengths(start: str, axes: Axes) -> list[Entry]:
         return [
@@ -255,18 +258,15 @@ def comparisons() -> list[tuple[Entry, tuple[int, ...]]]:
         on_muon("e-int4", "DiLoCo, int4", {"codec.up": "int4"}, ("e-fp32",), ()),
     ]
     four = {"topology.workers": 4, "fault.quorum": 4, **LONG}
+
+    def on_four(name: str, label: str, over: Settings, like: str) -> Entry:
+        return Entry(name, label, {**over, **four}, (like,), (), "none-four", "parallel-four")
+
     fours = [
-        Entry("none-four", "M 4, no communication", {**none.over, **four}, ("none",)),
-        Entry("parallel-four", "M 4, data parallel", {**parallel.over, **four}, ("parallel",)),
+        on_four("none-four", "no communication", none.over, "none"),
+        on_four("parallel-four", "data parallel", parallel.over, "parallel"),
         *(
-            Entry(
-                f"a-four-h{h}",
-                f"M 4, H {h}, {3000 // h} rounds",
-                {**four, "stream.H": h},
-                ("h10",),
-                none="none-four",
-                parallel="parallel-four",
-            )
+            on_four(f"a-four-h{h}", f"H {h}, {3000 // h} rounds", {"stream.H": h}, "h10")
             for h in (30, 5, 100, 10)
         ),
     ]
@@ -277,6 +277,7 @@ def comparisons() -> list[tuple[Entry, tuple[int, ...]]]:
         *((e, SEEDS) for e in (*codecs[:2], with_ef[1], *codecs[2:4], topk, *short)),
         *((e, first) for e in (none_long, parallel_long, *by_h)),
         *((e, first) for e in (*overlaps, *codecs[4:], topk_tiles, stat_tensor, *streams)),
+        *((e, first) for e in rules if e.name.endswith(("h20", "h1"))),
         *((e, SEEDS) for e in (*overlaps, *codecs[4:], topk_tiles, stat_tensor)),
         *((e, SEEDS) for e in (none_long, parallel_long, *by_h)),
         *((e, first) for e in (*rules, gpa)),

@@ -69,7 +69,7 @@ def tables_of(plan: Plan) -> list[Table]:
             Table(  # exact names: f-warm-h1 begins f-warm-h10
                 f"(f) Outer settings, {rounds} rounds of H {h}",
                 tuple(n for n in (f"f-{rule}-h{h}" for rule, _, _ in OUTER_RULES) if n in plan.entries),
-                f"f-mean-h{h}",
+                f"f-demo-h{h}",
             )
             for h, rounds in ROUNDS.items()
         ),

@@ -147,9 +147,10 @@ class Pacer:
             self._debt = max(0.0, self._debt - paid)
         self._paid_at = now
 
-    def _rank(self, claim: Claim) -> tuple[float, int, float]:
-        wanted = -math.inf if claim.urgent else self._deadlines.get(claim.fragment, math.inf)
-        return wanted, claim.fragment, claim.since
+    def _rank(self, claim: Claim) -> tuple[float, float, float]:
+        if claim.urgent:  # in turn: what is asked for again must not hold up what has not been brought yet
+            return -math.inf, claim.since, claim.fragment
+        return self._deadlines.get(claim.fragment, math.inf), claim.fragment, claim.since
 
     def _through_by(self, claim: Claim) -> float:
         deadline = self._deadlines.get(claim.fragment, math.inf)

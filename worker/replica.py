@@ -308,11 +308,10 @@ class Replica:
                 flight = None
             if slot.shard is None:
                 actions.append(Send(COORDINATOR, self.fetch(slot)))
-            if flight is not None and not flight.outcome:
-                if fresh and flight.frame is None and flight.delta is not None:
-                    actions.append(Compute(replica_jobs.encode_job(self, slot, flight)))
-                else:
-                    actions += replica_jobs.answer(self, slot, flight)
+            if flight is not None and fresh and flight.frame is None and flight.delta is not None:
+                actions.append(Compute(replica_jobs.encode_job(self, slot, flight)))
+            elif flight is not None and not flight.outcome:
+                actions += replica_jobs.answer(self, slot, flight)
         return actions
 
     def _commit(self, message: Commit) -> list[Action]:

@@ -13,7 +13,6 @@ from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, ev
 from diloco.optim.wrapping import (
     add_entries,
     batches,
-    beside_master,
     own_state,
     param_entries,
     swap_lerp,
@@ -56,7 +55,6 @@ class GPA(torch.optim.Optimizer):
                 raise ConfigError(
                     f"GPA cannot wrap {type(optimizer).__name__}, which {reason}: use another base"
                 )
-        beside_master("GPA", optimizer)
         self.optimizer = optimizer
         self.mu_x, self.mu_y = mu_x, mu_y
         self.z: dict[Tensor, Tensor] = {}

@@ -14,7 +14,6 @@ from diloco.optim.state import Closure, EvalModeError, ParamGroup, StateDict, pa
 from diloco.optim.wrapping import (
     add_entries,
     batches,
-    beside_master,
     own_state,
     param_entries,
     take_entries,
@@ -75,7 +74,6 @@ class SNOO(torch.optim.Optimizer):
             raise ConfigError(
                 f"SNOO cannot wrap {type(optimizer).__name__}, which averages its weights itself: wrap its inner optimizer"
             )
-        beside_master("SNOO", optimizer)
         self.optimizer = optimizer
         self.k, self.outer_lr, self.outer_momentum, self.offload = k, lr, momentum, offload
         self.inner_steps = 0

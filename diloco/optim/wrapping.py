@@ -64,19 +64,6 @@ def swap_lerp(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
         torch._foreach_copy_(twos, mixed)
 
 
-def beside_master(name: str, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse to wrap a `Master`, whose parameters are its float32 weights rounded.
-
-    Raises:
-        ConfigError: the optimizer keeps float32 weights of its own.
-    """
-    if hasattr(optimizer, "working"):
-        raise ConfigError(
-            f"{name} around {type(optimizer).__name__} would average weights rounded to bfloat16: put it inside, "
-            f"Master(lambda groups: {name}(...), params)"
-        )
-
-
 def own_state(
     inherited: Mapping[str, Any], wrapper: torch.optim.Optimizer, names: Iterable[str]
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tests.processes import SLOW, Cluster, free_port, wait_for
 KEYS = {
     "tokens", "train_seconds", "eval_loss_start", "eval_loss_end", "commits", "workers", "global_digest", "bytes_up",
     "bytes_down", "bytes_data_parallel", "compute_utilisation", "exposed_comm_seconds", "hidden_comm_seconds",
-    "versions", "config",
+    "versions", "config", "overlap", "prediction", "wire_bits_per_second",
 }  # fmt: skip
 
 

@@ -97,6 +97,14 @@ def test_a_small_fragment_over_a_long_window_leaves_in_small_slices() -> None:
     assert log[-1][0] <= 100.0
 
 
+def test_what_is_urgent_goes_in_the_order_in_which_it_was_asked_for() -> None:
+    """Starting values that are asked for again, because the link is slow, do not starve those still to come."""
+    again, missing = Claim(0, 7.0, 0, 100 * KIB, urgent=True), Claim(4, 1.0, 0, 100 * KIB, urgent=True)
+    log = drive(Pacer(), [again, missing], link=10 * KIB, most=MIN_SLICE)
+    assert log[-1][0] > again.since > log[0][0]
+    assert [fragment for _, fragment, _ in log] == sorted((f for _, f, _ in log), reverse=True)
+
+
 def test_what_is_urgent_goes_at_once_and_what_nobody_waits_for_goes_last() -> None:
     """Starting values and snapshots; then what has a deadline; then, for example, a contribution to a round that is over."""
     sizes = {0: 5 << 20, 1: 1_000_000, 2: 1_000_000}
