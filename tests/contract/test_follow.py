@@ -166,8 +166,11 @@ def test_a_second_standby_waits_while_another_one_follows(closing: ExitStack) ->
     with pytest.raises(grpc.RpcError) as refused:
         list(stub.Follow(iter([convert_following.request_to_proto(other)]), timeout=WAIT_S))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    stub.Follow(iter([convert_following.request_to_proto(FOLLOW)]), timeout=WAIT_S)
+    again = stub.Follow(
+        iter([convert_following.request_to_proto(FOLLOW)]), timeout=WAIT_S
+    )  # kept: else cancelled
     assert primary.message(STANDBY, Follow) == FOLLOW
+    again.cancel()
 
 
 def test_only_a_coordinators_certificate_may_follow(closing: ExitStack, tmp_path: Path) -> None:
