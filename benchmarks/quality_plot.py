@@ -91,4 +91,5 @@ def _by_rule(panel: Any, rows: Facts) -> None:
     panel.set_title("outer settings: loss against lr 0.8, momentum 0.4, per cent", fontsize=10)
     panel.grid(alpha=0.25)
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(fontsize=8)
+        panel.set_ylim(top=1.7 * panel.get_ylim()[1])  # room for the legend above the lines
+        panel.legend(fontsize=8, loc="upper left")

@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 
-from diloco.comms.connect import connect
-from diloco.comms.driver import MachineThread
-from diloco.comms.grpc_server import GrpcServer
 from diloco.comms.link import Link
-from diloco.comms.machine import Action, Send
-from diloco.config import RunConfig
-from diloco.coordinator.state import Coordinator
-from tests.contract.test_same_bits import run_workers
+from tests.contract.test_same_bits import over_grpc
 from tests.toy import Cluster, config
 
 LINKS = {"none": None, "good": "64Mbit,10ms", "fair": "4Mbit,50ms", "poor": "1Mbit,100ms,jitter=40ms,loss=2%"}
@@ -21,27 +15,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "overlapped": {"codec": {"down": "relay"}, "stream": {"tau": 1, "alpha": 0.5}},
     "blocking": {"codec": {"down": "q4_ef"}, "stream": {"overlap": "none", "layout": "single"}},
 }
-
-
-def over_grpc(c: RunConfig, link: Link | None) -> tuple[str, dict[int, str]]:
-    """The coordinator's digest at the end and the workers' own, with `link` between each of them and it."""
-    machine = Coordinator(c)
-
-    def perform(action: Action) -> None:
-        if isinstance(action, Send):
-            server.send(action.to, action.message)  # type: ignore[arg-type]
-
-    thread = MachineThread(machine, perform)
-    server = GrpcServer(thread.post, lambda: {"config": {}})
-    port = server.start()
-    thread.start()
-    try:
-        digests = run_workers(c, lambda: connect(f"127.0.0.1:{port}", link=link))
-    finally:
-        server.close(1.0)
-        thread.stop()
-    assert thread.error is None
-    return machine.global_digest(), digests
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -12,6 +12,7 @@ import pytest
 from diloco.comms.connect import connect
 from diloco.comms.driver import MachineThread
 from diloco.comms.grpc_server import GrpcServer
+from diloco.comms.link import Link
 from diloco.comms.local import LocalHub
 from diloco.comms.machine import Action, Compute, Computed, Connection, Lost, Send, Tick
 from diloco.comms.sim import Weather
@@ -76,6 +77,27 @@ def run_workers(c: RunConfig, connecting: Callable[[], Connection]) -> dict[int,
     return digests
 
 
+def over_grpc(c: RunConfig, link: Link | None) -> tuple[str, dict[int, str]]:
+    """The coordinator's digest at the end and the workers' own, with `link` between each of them and it."""
+    machine = Coordinator(c)
+
+    def perform(action: Action) -> None:
+        if isinstance(action, Send):
+            server.send(action.to, action.message)  # type: ignore[arg-type]
+
+    thread = MachineThread(machine, perform)
+    server = GrpcServer(thread.post, lambda: {"config": {}})
+    port = server.start()
+    thread.start()
+    try:
+        digests = run_workers(c, lambda: connect(f"127.0.0.1:{port}", link=link))
+    finally:
+        server.close(1.0)
+        thread.stop()
+    assert thread.error is None
+    return machine.global_digest(), digests
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "relay": {"codec": {"down": "relay"}},
     "q4_ef": {"codec": {"down": "q4_ef"}},
@@ -108,20 +130,7 @@ def test_the_driver_does_not_change_a_bit(run: str) -> None:
     local = run_workers(c, hub.connect)
     hub.close()
 
-    machine = Coordinator(c)
-
-    def perform(action: Action) -> None:
-        if isinstance(action, Send):
-            server.send(action.to, action.message)  # type: ignore[arg-type]
-
-    thread = MachineThread(machine, perform)
-    server = GrpcServer(thread.post, lambda: {"config": {}})
-    port = server.start()
-    thread.start()
-    remote = run_workers(c, lambda: connect(f"127.0.0.1:{port}"))
-    server.close(1.0)
-    thread.stop()
-
+    digest, remote = over_grpc(c, None)
     assert local == {0: expected, 1: expected}
     assert remote == {0: expected, 1: expected}
-    assert thread.error is None and machine.global_digest() == expected
+    assert digest == expected

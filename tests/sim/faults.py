@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from diloco.comms import frame
-from diloco.comms.machine import COORDINATOR, Action, Event
+from diloco.comms.machine import COORDINATOR, Action, Event, Machine
 from diloco.comms.sim import Weather
-from diloco.coordinator.state import Coordinator
 from tests.toy import Cluster, ToyWorker
 
 CALM = Weather()
@@ -53,10 +52,12 @@ def require_equal_ends(cluster: Cluster) -> None:
             assert worker.replica.digest() == cluster.coordinator.global_digest()
 
 
-class Fragile:
-    """A coordinator that dies after its `fuse`-th action, whatever it was about to do next."""
+class Fused:
+    """A machine that dies after `fuse` more actions, if that is set, whatever it was about to do next."""
 
-    def __init__(self, inner: Coordinator, fuse: int, died: Callable[[], None]) -> None:
+    def __init__(
+        self, inner: Machine, fuse: int | None = None, died: Callable[[], None] = lambda: None
+    ) -> None:
         self.inner, self.fuse, self.died = inner, fuse, died
         self.dead = False
 
@@ -64,6 +65,8 @@ class Fragile:
         if self.dead:
             return []
         actions = self.inner.handle(event, now)
+        if self.fuse is None:
+            return actions
         if len(actions) <= self.fuse:
             self.fuse -= len(actions)
             return actions
@@ -82,11 +85,11 @@ class Fragile:
 
 def arm(cluster: Cluster, fuse: int, down_s: float = 3.0) -> None:
     """Let the coordinator die after `fuse` more actions and come back `down_s` later from the disk alone."""
-    if isinstance(cluster.sim.machines[COORDINATOR], Fragile):
+    if isinstance(cluster.sim.machines[COORDINATOR], Fused):
         return  # one death at a time
     cluster.sim.add(
         COORDINATOR,
-        Fragile(cluster.coordinator, fuse, lambda: cluster.sim.at(down_s, cluster.restart_coordinator)),
+        Fused(cluster.coordinator, fuse, lambda: cluster.sim.at(down_s, cluster.restart_coordinator)),
     )
 
 

@@ -17,7 +17,6 @@ from diloco.comms.machine import (
     Connected,
     Event,
     Lost,
-    Machine,
     Persist,
     Received,
     Send,
@@ -29,6 +28,7 @@ from diloco.config import RunConfig
 from diloco.coordinator.lead import Lead
 from diloco.coordinator.standby import DIVERGED, Standby, peer_of
 from diloco.coordinator.state import Coordinator
+from tests.sim.faults import Fused
 from tests.toy import Disk, ToyWorker
 
 RETRY_S = 0.2  # about, between two attempts to reach a node
@@ -54,37 +54,6 @@ class Node:
         """The machine that lets workers in, if there is one."""
         lead = self.machine if isinstance(self.machine, Lead) else self.machine and self.machine.lead
         return lead if isinstance(lead, Lead) and not lead.undecided and not lead.stopped else None
-
-
-class Fused:
-    """A machine that dies after `fuse` more actions, if that is set, whatever it was about to do next."""
-
-    def __init__(self, inner: Machine) -> None:
-        self.inner = inner
-        self.fuse: int | None = None
-        self.died: Callable[[], None] = lambda: None
-        self.dead = False
-
-    def handle(self, event: Event, now: float) -> list[Action]:
-        if self.dead:
-            return []
-        actions = self.inner.handle(event, now)
-        if self.fuse is None:
-            return actions
-        if len(actions) <= self.fuse:
-            self.fuse -= len(actions)
-            return actions
-        self.dead = True
-        self.died()
-        return actions[: self.fuse]
-
-    @property
-    def deadline(self) -> float | None:
-        return None if self.dead else self.inner.deadline
-
-    def check(self) -> None:
-        if not self.dead:
-            self.inner.check()
 
 
 class World(Simulation):
