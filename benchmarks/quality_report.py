@@ -73,6 +73,11 @@ def tables_of(plan: Plan) -> list[Table]:
             )
             for h, rounds in ROUNDS.items()
         ),
+        Table(
+            "(f) Outer settings, 10,000 rounds of H 1",
+            tuple(n for n in named("f-") if n.endswith("-10k")),
+            "f-demo-10k",
+        ),
         Table("(f) GPA as outer optimizer, H 10", named("f-gpa"), "h10", ("h10",)),
         Table("(e) Muon as inner optimizer, H 10", named("e-"), "e-fp32", ("none-muon", "parallel-muon")),
     ]

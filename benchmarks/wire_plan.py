@@ -21,8 +21,8 @@ from diloco.worker.prediction import predict
 
 PRESET, LENGTH, BATCH = "nano", 64, 4
 STEP_S = 0.08
-H, TAU = 50, 9  # five fragments have their turns ten steps apart
-PACE = 0.37  # up takes a good third of the time until the merge, so that the way back has the rest
+H, TAU = 50, 12  # five fragments have their turns ten steps apart, so that mostly two are in flight
+PACE = 0.42  # up takes not quite half of the time until the merge, so that the way back has as much
 STEPS = 500
 RTT = "50ms"
 LINKS = ("0.25Mbit", "1Mbit", "4Mbit", "16Mbit", "64Mbit")

@@ -212,9 +212,12 @@ def open_commit(
 
 
 def snapshot_frames(mode: str, shard: OuterShard, *, fragment: int, run_id: int) -> Frames:
-    """A fragment's value, and its outer state where workers need it, as fp32 frames in a fixed order."""
+    """A fragment's value, and its outer state where workers need it, as fp32 frames in a fixed order.
+
+    Before the first commit the state is what every worker begins with, and is not sent.
+    """
     tensors = [shard.params]
-    if mode in WORKERS_STEP:
+    if mode in WORKERS_STEP and shard.version:
         # Only who repeats the aggregation needs what it starts from.
         names = sorted(name for name in shard.state if name != "center" or mode == "relay")
         tensors += [shard.state[name] for name in names]
@@ -238,7 +241,7 @@ def value_frame(values: Tensor, fragment: int, version: int, run_id: int, *, wor
 
 
 def load_snapshot(shard: OuterShard, frames: Frames, version: int) -> None:
-    """Inverse of `snapshot_frames`."""
+    """Inverse of `snapshot_frames`; `shard` is one that has just begun."""
     tensors = [decode_frame(frame)[1] for _, frame in frames]
     names = sorted(shard.state) if len(tensors) > 1 else []
     shard.load(tensors[0], dict(zip(names, tensors[1:], strict=True)), version)

@@ -124,15 +124,23 @@ class _Direction:
         return leaves
 
 
-def _keep_small(end: asyncio.StreamWriter, bps: float) -> None:
-    """Bound what waits in the kernel to be read from this end.
+def _kernel_bytes(bps: float) -> int | None:
+    """How much may wait in the kernel to be read from one end; None: as the system likes.
 
     The kernel believes in a fast way to the relay and would take megabytes. On a slow link everything behind them on
-    that connection would come seconds late.
+    that connection, gRPC's pings too, would come seconds late. It is told before the connection opens: who has once
+    been offered a large window sends pieces that never fit into a small one later.
     """
-    if bps:
-        size = min(max(int(bps / 8 * KERNEL_S), MIN_KERNEL), MAX_KERNEL)
-        end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    return min(max(int(bps / 8 * KERNEL_S), MIN_KERNEL), MAX_KERNEL) if bps else None
+
+
+def _socket(bps: float) -> socket.socket:
+    """One end of the link, which may hold back `bps` of what its peer sends. Packets are as large as in the model."""
+    made = socket.socket()
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, PACKET)
+    if (size := _kernel_bytes(bps)) is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    return made
 
 
 class Relay:
@@ -200,7 +208,9 @@ class Relay:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     async def _listen(self) -> int:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=2 * PIECE)
+        near = _socket(self._up.bps)
+        near.bind(("127.0.0.1", 0))
+        self._server = await asyncio.start_server(self._connected, sock=near, limit=2 * PIECE)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def _reset(self) -> None:
@@ -222,9 +232,14 @@ class Relay:
         try:
             await self._open.wait()
             await asyncio.sleep(self.link.rtt_s)  # the handshake
-            far_reader, far_writer = await asyncio.open_connection(*self._target, limit=2 * PIECE)
-            _keep_small(writer, self._up.bps)
-            _keep_small(far_writer, self._down.bps)
+            far = _socket(self._down.bps)
+            try:
+                far.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(far, self._target)
+            except BaseException:
+                far.close()
+                raise
+            far_reader, far_writer = await asyncio.open_connection(sock=far, limit=2 * PIECE)
             async with asyncio.TaskGroup() as both:  # what breaks one way breaks the connection
                 self._carry(both, number, reader, far_writer, self._up)
                 self._carry(both, number, far_reader, writer, self._down)

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SLICE_S = 0.25  # a paced transfer takes what its rate gives in so long
-MIN_SLICE = 16 << 10  # bytes, and at least so many
+SLICE_S = 0.05  # a paced transfer takes what its rate gives in so long
+MIN_SLICE = 4 << 10  # bytes, and at least so many: each is a call of its own, with its headers
 
 AIM_S = 0.5  # a span waits so long on the way for bytes before it, its own included
 FIRST_SPAN, MIN_SPAN, MAX_SPAN = 32 << 10, 16 << 10, 32 << 20  # bytes
