@@ -141,7 +141,10 @@ def main() -> None:
     inner.read(job["rank"], job["world"])
     layer = max(sum(p.numel() for p in block.parameters()) for block in inner.model.blocks)
     replicas = DistributedDataParallel(
-        inner.loss, gradient_as_bucket_view=False, bucket_cap_mb=4.2 * layer / (1 << 20)
+        inner.loss,
+        gradient_as_bucket_view=False,
+        bucket_cap_mb=4.2 * layer / (1 << 20),
+        broadcast_buffers=False,  # tables of sines, the same everywhere: no round trip for them in each step
     )
     replicas.register_comm_hook(None, halved)
     inner.use(replicas)

@@ -19,6 +19,7 @@ from diloco.codec_section import Codec, codec_problems
 from diloco.errors import ConfigError, nearest
 from diloco.ignored_settings import ignored_warnings
 from diloco.optim_section import AVERAGING, Optim, composition_problem
+from diloco.outer_defaults import momentum_warnings, with_outer_defaults
 from diloco.schedules_section import Schedule, schedule_problems, schedule_warnings
 from diloco.stream_checks import stream_problems, stream_warnings
 from diloco.topology_checks import topology_problems
@@ -174,6 +175,11 @@ class RunConfig(Section):
     weights: Weights = Weights()
     robust: Robust = Robust()
     topology: Topology = Topology()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outer_defaults(cls, raw: Any) -> Any:
+        return with_outer_defaults(raw, Stream().alpha)
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
@@ -372,9 +378,4 @@ def warnings(c: RunConfig) -> list[str]:
             f"codec.up = 'topk' with codec.ef = 'on' and outer.momentum = {c.outer.momentum}: the error feedback "
             "already acts as momentum; use outer.momentum = 0 or outer.kind = 'sgd'"
         )
-    rounds = c.run.inner_steps_total / c.stream.H
-    if rounds < 200 and c.outer.momentum >= 0.8 and c.outer.kind in ("nesterov", "sgdm"):
-        found.append(
-            f"outer.momentum = {c.outer.momentum} with only {rounds:.0f} outer rounds usually hurts; try 0.4 to 0.6"
-        )
-    return found
+    return found + list(momentum_warnings(c))

@@ -118,11 +118,6 @@ def stream_warnings(c: RunConfig) -> list[str]:
             f"outer.momentum = {momentum} at every arrival of stream.overlap = 'async' moves too far: set "
             f"weights.dn_N = topology.workers = {c.topology.workers} and a tenth of the usual outer.lr"
         )
-    if mode == "delayed" and c.outer.lr > 0.3:
-        found.append(
-            f"outer.lr = {c.outer.lr} with stream.overlap = 'delayed': updates a round old need about half the usual "
-            "one; or use 'eager'"
-        )
     return found + _pace_warnings(c)
 
 

@@ -80,7 +80,7 @@ def test_every_overlap_mode_is_offered(overrides: list[str]) -> None:
         (["stream.merge=delay_corrected"], "stream.alpha = 0.5 is ignored"),
         ([*ASYNC, "topology.workers=4"], "fault.s_max = 1 with topology.workers = 4 rejects workers"),
         ([*ASYNC, "fault.s_max=9"], "moves too far: set weights.dn_N = topology.workers = 2"),
-        (["stream.overlap=delayed"], "outer.lr = 0.4 with stream.overlap = 'delayed'"),
+        (["stream.overlap=delayed", "outer.momentum=0.4"], "outer.momentum = 0.4 with stream.overlap = 'delayed'"),
         (["stream.pace=0.5", "stream.tau=0"], "stream.pace = 0.5 has no effect"),
         (["stream.pace=0.5", "stream.overlap=none"], "stream.pace = 0.5 has no effect"),
         (["stream.pace=0.5", "fault.fixed_grace_s=1"], "fault.fixed_grace_s = 1.0 must be longer"),
