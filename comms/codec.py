@@ -134,6 +134,10 @@ class _OnKernels(ABC):
             float(ops.squared_norms(payloads=[self.checked(payload, n)], n=n, **self._options()))
         )
 
+    def on_kernels(self, key: Key) -> dict[str, Any]:
+        """The codec, and how it rounds the message `key`, as `diloco.kernels.ops` takes them."""
+        return {"seed": self._draws(key), **self._options()}
+
     def _sent(self, made: ops.Encoded, tensor: Tensor) -> bytes:
         if math.isnan(float(made.squared_norm)):
             require_finite(tensor)

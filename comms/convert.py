@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
+from diloco.comms import convert_leases as leases
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import messages as m
 from diloco.comms.checked import MAX_JSON, MAX_NAME, MAX_REASON, MAX_TIMELINE, parse
@@ -66,6 +67,7 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
                     round=message.round,
                     frame=_ref_to(_given(ref, message)),
                     shard=message.shard,
+                    ranges=leases.ranges_to(message.ranges),
                 )
             )
         case m.Initial():
@@ -111,6 +113,8 @@ def worker_to_proto(message: m.FromWorker, ref: Ref | None = None) -> pb.WorkerM
             return pb.WorkerMessage(
                 vote=pb.Vote(worker=worker, nonce=nonce, attachment=attachment, side=side)
             )
+        case m.LeaseRequest():
+            return leases.request_to(message)
 
 
 def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) -> m.FromWorker:
@@ -147,6 +151,7 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
                 round=c.round,
                 frame=_present("Contribution.frame", frame),
                 shard=c.shard,
+                ranges=leases.ranges_from("Contribution.ranges", c.ranges),
             )
         case "initial":
             i = proto.initial
@@ -185,6 +190,8 @@ def worker_from_proto(proto: pb.WorkerMessage, frame: m.Buffer | None = None) ->
             return m.Vote(
                 _name("Vote.worker", b.worker), b.nonce, _name("Vote.attachment", b.attachment), side
             )
+        case "lease_request":
+            return leases.request_from(proto.lease_request)
         case _:
             raise CorruptDataError("WorkerMessage: empty, or of a kind that this version does not know")
 
@@ -260,6 +267,8 @@ def coordinator_to_proto(message: m.FromCoordinator, refs: Sequence[Ref] = ()) -
             )
         case m.Claim(attachment, side):
             return pb.CoordinatorMessage(claim=pb.Claim(attachment=attachment, side=side))
+        case m.Lease():
+            return leases.lease_to(message)
 
 
 def coordinator_from_proto(
@@ -320,6 +329,8 @@ def coordinator_from_proto(
         case "claim":
             side = _text("Claim.side", proto.claim.side, MAX_NAME)
             return m.Claim(_name("Claim.attachment", proto.claim.attachment), side)
+        case "lease":
+            return leases.lease_from(proto.lease)
         case _:
             raise CorruptDataError("CoordinatorMessage: empty, or of a kind that this version does not know")
 

@@ -110,12 +110,19 @@ def entry_from_proto(proto: pb.FollowEntry, blob: Buffer | None) -> Entry:
 
 def _record(line: str) -> Mapping[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise CorruptDataError(f"FollowEntry.record: {error}") from error
+        record = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"FollowEntry.record: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("type"), str):
         raise CorruptDataError("FollowEntry.record: not a record")
+    epoch = record.get("epoch", 0)
+    if not isinstance(epoch, int) or not 0 <= epoch < 1 << 63:
+        raise CorruptDataError(f"FollowEntry.record: epoch = {epoch!r} is not one")
     return record
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number that a record can hold")
 
 
 def _sizes(record: Mapping[str, Any]) -> Sequence[int]:

@@ -45,7 +45,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, json: _Optional[str] = ..., echo: _Optional[bytes] = ..., time: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave", "vote")
+    __slots__ = ("join", "heartbeat", "contribution", "initial", "skip", "fetch", "leave", "vote", "lease_request")
     JOIN_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class WorkerMessage(_message.Message):
     FETCH_FIELD_NUMBER: _ClassVar[int]
     LEAVE_FIELD_NUMBER: _ClassVar[int]
     VOTE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     join: Join
     heartbeat: Heartbeat
     contribution: Contribution
@@ -62,10 +63,11 @@ class WorkerMessage(_message.Message):
     fetch: Fetch
     leave: Leave
     vote: Vote
-    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., initial: _Optional[_Union[Initial, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., vote: _Optional[_Union[Vote, _Mapping]] = ...) -> None: ...
+    lease_request: LeaseRequest
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., initial: _Optional[_Union[Initial, _Mapping]] = ..., skip: _Optional[_Union[Skip, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., vote: _Optional[_Union[Vote, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("waiting", "welcome", "refused", "commit", "rejected", "aborted", "resend", "snapshot", "claim")
+    __slots__ = ("waiting", "welcome", "refused", "commit", "rejected", "aborted", "resend", "snapshot", "claim", "lease")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +77,7 @@ class CoordinatorMessage(_message.Message):
     RESEND_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     CLAIM_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     waiting: Waiting
     welcome: Welcome
     refused: Refused
@@ -84,7 +87,8 @@ class CoordinatorMessage(_message.Message):
     resend: Resend
     snapshot: Snapshot
     claim: Claim
-    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ...) -> None: ...
+    lease: Lease
+    def __init__(self, waiting: _Optional[_Union[Waiting, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
 
 class ObjectRef(_message.Message):
     __slots__ = ("key", "length", "crc32c")
@@ -127,6 +131,16 @@ class FragmentRound(_message.Message):
     fragment: int
     round: int
     def __init__(self, fragment: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+
+class BlockRange(_message.Message):
+    __slots__ = ("shard", "lo", "hi")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    LO_FIELD_NUMBER: _ClassVar[int]
+    HI_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    lo: int
+    hi: int
+    def __init__(self, shard: _Optional[int] = ..., lo: _Optional[int] = ..., hi: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "tokens", "loss", "lr", "tokens_per_s", "compute_s", "exposed_s", "hidden_s", "bytes_up", "bytes_down", "eval_start", "eval_end", "steps_per_s", "link_up_bps", "link_down_bps", "rtt_s", "peak_up_bps", "peak_down_bps")
@@ -205,20 +219,22 @@ class Heartbeat(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., versions: _Optional[_Iterable[int]] = ..., in_flight: _Optional[_Iterable[_Union[FragmentRound, _Mapping]]] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("worker", "incarnation", "fragment", "round", "frame", "shard")
+    __slots__ = ("worker", "incarnation", "fragment", "round", "frame", "shard", "ranges")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     incarnation: int
     fragment: int
     round: int
     frame: ObjectRef
     shard: int
-    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ..., shard: _Optional[int] = ...) -> None: ...
+    ranges: _containers.RepeatedCompositeFieldContainer[BlockRange]
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., fragment: _Optional[int] = ..., round: _Optional[int] = ..., frame: _Optional[_Union[ObjectRef, _Mapping]] = ..., shard: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[BlockRange, _Mapping]]] = ...) -> None: ...
 
 class Initial(_message.Message):
     __slots__ = ("worker", "incarnation", "fragment", "frame")
@@ -285,6 +301,22 @@ class Vote(_message.Message):
     attachment: str
     side: str
     def __init__(self, worker: _Optional[str] = ..., nonce: _Optional[int] = ..., attachment: _Optional[str] = ..., side: _Optional[str] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("worker", "incarnation", "number", "want", "kept", "sizes")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WANT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    incarnation: int
+    number: int
+    want: int
+    kept: _containers.RepeatedCompositeFieldContainer[BlockRange]
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., number: _Optional[int] = ..., want: _Optional[int] = ..., kept: _Optional[_Iterable[_Union[BlockRange, _Mapping]]] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Waiting(_message.Message):
     __slots__ = ("joined", "needed")
@@ -389,6 +421,18 @@ class Claim(_message.Message):
     attachment: str
     side: str
     def __init__(self, attachment: _Optional[str] = ..., side: _Optional[str] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("incarnation", "number", "serial", "ranges")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    number: int
+    serial: int
+    ranges: _containers.RepeatedCompositeFieldContainer[BlockRange]
+    def __init__(self, incarnation: _Optional[int] = ..., number: _Optional[int] = ..., serial: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[BlockRange, _Mapping]]] = ...) -> None: ...
 
 class BeginUploadRequest(_message.Message):
     __slots__ = ("session", "message")

@@ -71,6 +71,13 @@ class ErrorFeedback:
         if self._before is not None:
             self._spare, self.residual, self._before = self.residual, self._before, None
 
+    def recover(self, delta: Tensor, share: float) -> None:
+        """``e <- e + share * delta``: work that is lost otherwise. RuntimeError while a message is pending."""
+        if self._before is not None:
+            raise RuntimeError("error feedback: commit() or rollback() the last message before recover()")
+        kept = torch.zeros_like(delta) if self.residual is None else self.residual
+        self.residual = kept + delta * share
+
     def state_dict(self) -> dict[str, Tensor]:
         """`residual`, and `before` while a message is pending; empty before the first update."""
         state = {"residual": self.residual, "before": self._before}

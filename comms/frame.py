@@ -119,15 +119,53 @@ def encode_frame(
     codec = encoder.codec if isinstance(encoder, ErrorFeedback) else encoder
     if feedback is not None:
         flags |= FLAG_EF
+    payload = encoder.encode(delta, (run_id, worker if incarnation else COORDINATOR, fragment, round))
+    try:
+        return frame_of(
+            codec,
+            payload,
+            delta.numel(),
+            fragment=fragment,
+            round=round,
+            base_version=base_version,
+            run_id=run_id,
+            worker=worker,
+            incarnation=incarnation,
+            steps=steps,
+            tokens=tokens,
+            flags=flags,
+        )
+    except NonFiniteError:
+        if feedback is not None:
+            feedback.rollback()
+        raise
+
+
+def frame_of(
+    codec: Codec,
+    payload: Payload,
+    n: int,
+    *,
+    fragment: int,
+    round: int,
+    base_version: int,
+    run_id: int,
+    worker: int,
+    incarnation: int,
+    steps: int,
+    tokens: int,
+    flags: int = 0,
+) -> bytes:
+    """Frame of what `codec` made of `n` values. `flags`: FLAG_FINAL, FLAG_EF or nothing; the others follow from the codec.
+
+    Raises NonFiniteError for a norm beyond fp32.
+    """
     if codec.stochastic:
         flags |= FLAG_STOCHASTIC
     if _has_spans(codec):
         flags |= FLAG_PER_ROW
-    payload = encoder.encode(delta, (run_id, worker if incarnation else COORDINATOR, fragment, round))
-    norm = codec.norm(payload, delta.numel())
+    norm = codec.norm(payload, n)
     if not _fits_fp32(norm):
-        if feedback is not None:
-            feedback.rollback()
         raise NonFiniteError(f"the norm {norm:g} of fragment {fragment} does not fit fp32")
     header = FrameHeader(
         codec=codec.id,
@@ -141,7 +179,7 @@ def encode_frame(
         incarnation=incarnation,
         steps=steps,
         tokens=tokens,
-        n=delta.numel(),
+        n=n,
         l2norm=norm,
         payload_len=len(payload),
         crc32c=_crc(payload),

@@ -53,7 +53,7 @@ _BY_FRAGMENT = ("commit", "rejected", "aborted", "resend", "snapshot")
 class GrpcConnection:
     """Connects to the first of `addresses` ("host:port") that answers, for ever, from construction to `close`.
 
-    `channels` is the number of TCP connections that share the chunks of an object; more than one pays on lossy
+    `channels` is the number of TCP connections each way that share the chunks of an object; more than one pays on lossy
     paths with cubic congestion control. `chunk_bytes`: 1 MiB, 256 KiB below about 200 Mbit/s. Frames larger than
     `max_object_bytes` are not fetched. `on_close` is called at the end, for what was set up on the way.
 
@@ -182,8 +182,8 @@ class GrpcConnection:
             while (raw := options.message_or_end(await call.read())) is not None:
                 response = parse(pb.SessionResponse, raw)
                 if response.WhichOneof("response") == "opened":
-                    data = [self._channel(address) for _ in range(self._channels)]
-                    link = Lane(response.opened.session, control, data)
+                    up, down = ([self._channel(address) for _ in range(self._channels)] for _ in range(2))
+                    link = Lane(response.opened.session, control, up, down)
                     self._transfers.attach(link)
                 elif response.message.refused.kind == "standby":
                     return False  # the next address may be that of the coordinator

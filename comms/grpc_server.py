@@ -35,7 +35,7 @@ from diloco.comms.grpc_options import aio, grpc
 from diloco.comms.grpc_sessions import Counts, Session, read_message, write_messages
 from diloco.comms.limits import Lobby, max_connections
 from diloco.comms.machine import Connected, Event, Lost, Received
-from diloco.comms.messages import Commit, FromCoordinator, Join, Leave, Refused, Snapshot, Welcome
+from diloco.comms.messages import FLUSHED, Commit, FromCoordinator, Join, Leave, Refused, Snapshot, Welcome
 from diloco.comms.outbox import Outbox
 from diloco.comms.tls import Identity
 from diloco.comms.transfer import OutOfPlaceError, cut
@@ -48,7 +48,7 @@ MAX_SESSIONS = 1024
 PLACES = 256  # sessions per peer that have not joined yet
 WATCH_S = 1.0  # how often the list of revoked certificates is looked at
 MAX_ECHO = 1 << 20
-NO_REFUSALS = ("left", "complete", "incarnation", "standby")  # a goodbye, or "join again"
+NO_REFUSALS = ("left", "complete", "incarnation", "standby", "final")  # a goodbye, or "join again"
 
 
 class GrpcServer:
@@ -313,7 +313,7 @@ class GrpcServer:
             if message.worker != session.worker:
                 raise ForbiddenError(f"session of {session.worker!r}: a message from {message.worker!r}")
             if self._sessions.get(session.worker) is session:
-                if isinstance(message, Leave):
+                if isinstance(message, Leave) and message.reason != FLUSHED:
                     self._audit.write("left", worker=session.worker, reason=message.reason)
                 self._inbox(Received(session.worker, message))
 

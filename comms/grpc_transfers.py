@@ -59,11 +59,16 @@ class _FailedError(DilocoError):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A live session's token and channels, and the calls that must end before these close."""
+    """A live session's token and channels, and the calls that must end before these close.
+
+    Uploads and downloads have connections of their own: on a slow link a request would wait behind all bytes that go its
+    way on its connection.
+    """
 
     token: bytes = field(repr=False)
     control: aio.Channel
-    data: list[aio.Channel]
+    up: list[aio.Channel]
+    down: list[aio.Channel]
     calls: set[_Call] = field(default_factory=set)
 
 
@@ -119,7 +124,7 @@ class Transfers:
         self._down.end()
         for call in list(link.calls):
             call.cancel()
-        for channel in link.data:
+        for channel in (*link.up, *link.down):
             await channel.close()
 
     async def close(self) -> None:
@@ -234,7 +239,7 @@ class Transfers:
             self._check_live(link)
             with self._up.held(claim, begun.offset, ref.length), self.meter.up(lambda: self.bytes_up):
                 await _all(
-                    [self._feed(link, way, opening, message.frame, claim) for way in link.data * STREAMS]
+                    [self._feed(link, way, opening, message.frame, claim) for way in link.up * STREAMS]
                 )
         return begun.generation
 
@@ -268,7 +273,7 @@ class Transfers:
         if offset < ref.length:
             self._check_live(link)
             with self._down.held(claim, offset, ref.length), self.meter.down(lambda: self.bytes_down):
-                await _all([self._fetch(link, way, receiving, claim) for way in link.data * STREAMS])
+                await _all([self._fetch(link, way, receiving, claim) for way in link.down * STREAMS])
         receiving.finish(receiving.generation)
 
     async def _fetch(self, link: Lane, channel: aio.Channel, receiving: Receiving, claim: Claim) -> None:

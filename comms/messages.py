@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 
 from diloco.comms.following import FromPrimary, FromStandby
 from diloco.comms.peering import BetweenPeers
+from diloco.ranges import Ranges
 
 Buffer = bytes | bytearray | memoryview
 
 PROTOCOL = 1
+COUNTS_LATER = "counted later"  # reason of a Rejected: it came late and will be in the fragment's next commit
+FLUSHED = "flushed"  # reason of a Leave: our last contribution is sent, we wait for the run's final value
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Contribution:
     round: int
     frame: Buffer = field(repr=False)
     shard: int = 0  # tokens of the data that this worker reads, where weights count them
+    ranges: Ranges = ()  # leased blocks that it was made with; in those of fragment 0 alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ class Fetch:
 class Leave:
     worker: str
     incarnation: int
-    reason: str  # "complete", "interrupted", or words
+    reason: str  # "complete", "interrupted", FLUSHED, or words
     progress: Progress
     digest: str  # digest of this worker's global parameters, hex
     timeline: str = ""  # JSON: its newest rounds and computing, for the run's report
@@ -128,6 +132,21 @@ class Vote:
     nonce: int
     attachment: str
     side: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """Lease me `want` blocks more. `number` counts the requests of this life: the same number again is the same request.
+
+    The first one names in `kept` what this worker still holds of an earlier life's lease; 0 blocks only ask what I have.
+    """
+
+    worker: str
+    incarnation: int
+    number: int
+    want: int
+    kept: Ranges = ()
+    sizes: tuple[int, ...] = ()  # blocks of each shard of the data, as this worker sees it
 
 
 # ---- from the coordinator ----
@@ -155,9 +174,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """You are not (or no longer) in. `kind`: run, plan, settings, protocol, incarnation, complete, corrupt, standby or left.
+    """You are not (or no longer) in. `kind`: run, plan, settings, protocol, incarnation, complete, corrupt, standby, final or left.
 
-    "left" answers a Leave; "incarnation" asks to join again, "standby" to join elsewhere; the others are final.
+    "left" answers a Leave; "incarnation" asks to join again, "standby" to join elsewhere; "final" ends the run: nothing
+    counts any more, and the value to leave with has the digest `reason`. The others turn the worker away for good.
     """
 
     kind: str
@@ -182,7 +202,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Your contribution to this round does not count, and why."""
+    """Your contribution to this round does not count, and why; COUNTS_LATER: not in the round's own commit."""
 
     fragment: int
     round: int
@@ -231,6 +251,21 @@ class Claim:
     side: str
 
 
-FromWorker = Join | Heartbeat | Contribution | Initial | Skip | Fetch | Leave | Vote
-FromCoordinator = Waiting | Welcome | Refused | Commit | Rejected | Aborted | Resend | Snapshot | Claim
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """All blocks that this life of the worker holds, committed ones no more; it answers request `number`.
+
+    Of two leases the one with the higher `serial` is the later.
+    """
+
+    incarnation: int
+    number: int
+    serial: int
+    ranges: Ranges
+
+
+FromWorker = Join | Heartbeat | Contribution | Initial | Skip | Fetch | Leave | Vote | LeaseRequest
+FromCoordinator = (
+    Waiting | Welcome | Refused | Commit | Rejected | Aborted | Resend | Snapshot | Claim | Lease
+)
 Message = FromWorker | FromCoordinator | FromStandby | FromPrimary | BetweenPeers

@@ -38,6 +38,7 @@ class CoordinatorCollector(Collector):
         status = self._status()
         yield from _run(status)
         yield from _members(status)
+        yield from _data(status.get("data"))
 
 
 class WorkerCollector(Collector):
@@ -134,6 +135,26 @@ def _run(status: Row) -> Iterable[Metric]:
     yield _counter(
         "diloco_data_parallel_bytes", "What a bf16 ring all-reduce at every step would have sent.", [],
         [((), baseline)],
+    )  # fmt: skip
+
+
+def _data(data: Row | None) -> Iterable[Metric]:
+    """Of runs whose coordinator leases the data."""
+    if data is None:
+        return
+    yield _gauge(
+        "diloco_data_blocks", "Blocks of the data that were ever leased, by what they are now.", ["state"],
+        [((state,), data[state]) for state in ("free", "leased", "committed")],
+    )  # fmt: skip
+    yield _counter(
+        "diloco_data_returned_blocks",
+        "Leased blocks that came back uncommitted.",
+        [],
+        [((), data["returned"])],
+    )
+    yield _counter(
+        "diloco_data_consumed_tokens", "Tokens of committed blocks.", ["shard"],
+        [((str(shard),), tokens) for shard, tokens in enumerate(data["tokens"])],
     )  # fmt: skip
 
 

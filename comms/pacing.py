@@ -15,7 +15,7 @@ SLICE_S = 0.05  # a paced transfer takes what its rate gives in so long
 MIN_SLICE = 4 << 10  # bytes, and at least so many: each is a call of its own, with its headers
 
 AIM_S = 0.5  # a span waits so long on the way for bytes before it, its own included
-FIRST_SPAN, MIN_SPAN, MAX_SPAN = 32 << 10, 16 << 10, 32 << 20  # bytes
+FIRST_SPAN, MIN_SPAN, MAX_SPAN = 8 << 10, 4 << 10, 32 << 20  # bytes
 FLOORS = 64  # spans whose shortest time is taken for the way's own
 
 
@@ -28,6 +28,7 @@ class Claim:
     at: int
     end: int
     urgent: bool = False  # somebody waits for it right now
+    flying: int = 0  # bytes that are under way: taken, and not answered yet
 
     @property
     def left(self) -> int:
@@ -39,8 +40,9 @@ class Window:
 
     More would pile up in buffers on the way, where neither a more urgent transfer nor one of gRPC's own pings can
     overtake it: on a slow link these would take the peer for dead. A span that took `seconds` until its answer, with
-    `floor` the shortest of the newest `FLOORS`, makes the next ones size * AIM_S / (seconds - floor) long, at most
-    twice as long as before.
+    `floor` the shortest of the newest `FLOORS`, makes the next ones AIM_S / (seconds - floor) times as long as those of
+    its time, at most twice as long as they are. One that is short itself says the same when much was under way with it,
+    and nothing when it was not: then what delayed it, or its answer, was something else.
     """
 
     def __init__(self) -> None:
@@ -52,11 +54,18 @@ class Window:
         """Seconds that a span takes at least; 0 before the first."""
         return min(self._newest, default=0.0)
 
-    def answered(self, size: int, seconds: float) -> None:
+    @property
+    def fill(self) -> int:
+        """Bytes that keep the way busy until an answer is back: about what passes in 60 ms."""
+        return max(MIN_SLICE, self.size // 8)
+
+    def answered(self, size: int, seconds: float, window: int, under_way: int) -> None:
+        """A span of `size` bytes, when spans were to be `window` long and `under_way` bytes were, its own included."""
         self._newest.append(seconds)
-        fits = int(size * AIM_S / max(seconds - self.floor, 1e-3))
+        fits = int(window * AIM_S / max(seconds - self.floor, 1e-3))
         if fits < self.size:
-            self.size = max(MIN_SPAN, fits)
+            if under_way >= window:
+                self.size = max(MIN_SPAN, fits)
         elif size >= self.size:  # a shorter one says nothing about longer ones
             self.size = min(2 * self.size, fits, MAX_SPAN)
 
@@ -66,7 +75,8 @@ class Pacer:
 
     What is wanted first gets its turns first, after what is urgent and before what has no deadline; of one fragment,
     what was asked for first: of two versions none waits for parts of the other. Others get one when nothing of it is
-    left that is not under way.
+    left that is not under way, and while that is not answered no more than keeps the way busy: on a slow link a span
+    beside the last ones of a fragment that is waited for would hold them up for as long as it takes itself.
     A claim made at time s of a fragment wanted at time d is to be through by D = s + share (d - s). The rate is the
     lowest that keeps all of these: with the claims in order of their turns, and debt for what a slice took ahead of it,
 
@@ -123,22 +133,42 @@ class Pacer:
         if not claim.left:
             return 0.0
         first = min((c for c in self._claims if c.left), key=self._rank)
-        if self._rank(first) != self._rank(claim):
+        if self._rank(first) != self._rank(claim) or (claim.flying and self._behind(claim)):
             return None
         self._pay(now)
         return self._debt / self.rate(now) if self._debt > 0 else 0.0
 
-    def take(self, claim: Claim, most: int, now: float) -> tuple[int, int]:
-        """The next bytes [start, end) of the object, at most `most`; empty when all are under way."""
+    def take(self, claim: Claim, most: int, now: float, fill: int | None = None) -> tuple[int, int]:
+        """The next bytes [start, end) of the object, at most `most`; empty when all are under way.
+
+        At most `fill` while the last bytes of something more urgent are. `answered` is to be told of what was taken.
+        """
         self._pay(now)
         rate = self.rate(now)
         size = min(most, claim.left)
+        if fill is not None and self._behind(claim):
+            size = min(size, fill)
         if not math.isinf(rate):
             size = min(size, max(MIN_SLICE, int(rate * SLICE_S)))
             self._debt += size
         start = claim.at
         claim.at += size
+        claim.flying += size
         return start, claim.at
+
+    def answered(self, claim: Claim, size: int) -> None:
+        """Bytes that were taken are there, or lost."""
+        claim.flying -= size
+
+    @property
+    def under_way(self) -> int:
+        """Bytes that were taken and are not answered."""
+        return sum(claim.flying for claim in self._claims)
+
+    def _behind(self, claim: Claim) -> bool:
+        """Whether bytes of something more urgent are under way."""
+        mine = self._rank(claim)
+        return any(c.flying and self._rank(c) < mine for c in self._claims)
 
     def _pay(self, now: float) -> None:
         if self._debt > 0:

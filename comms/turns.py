@@ -55,16 +55,21 @@ class Turns:
         The block moves them and is left when the far end has answered. Raises OverError.
         """
         start, end = await self._turn(claim)
-        begun = time.monotonic()
-        yield start, end
+        begun, window, under_way = time.monotonic(), self._window.size, self._pacer.under_way
+        try:
+            yield start, end
+        finally:
+            self._pacer.answered(claim, end - start)
+            if not claim.flying:
+                self._wake()
         if start < end:
-            self._window.answered(end - start, time.monotonic() - begun)
+            self._window.answered(end - start, time.monotonic() - begun, window, under_way)
 
     async def _turn(self, claim: Claim) -> tuple[int, int]:
         while claim in self._pacer:
             wait = self._pacer.wait(claim, time.monotonic())
             if wait == 0:
-                taken = self._pacer.take(claim, self._window.size, time.monotonic())
+                taken = self._pacer.take(claim, self._window.size, time.monotonic(), self._window.fill)
                 if not claim.left:
                     self._wake()
                 return taken

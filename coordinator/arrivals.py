@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from diloco.aggregate import staleness_weight
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Aborted, Commit, Contribution, Heartbeat, Refused, Resend
+from diloco.coordinator import leasing
 from diloco.coordinator.gates import Unfit, check_contribution
 from diloco.coordinator.membership import Member
 from diloco.coordinator.pace import local_paces
@@ -41,15 +42,19 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
     p, number = message.fragment, message.round
     try:
         checked = check_contribution(message.frame, c.plan, p, c.run_hash, c.codecs[p], member, number)
+        header = checked.header
+        counted = _counted(c, member, p, number, header.base_version)
+        if not counted:
+            leasing.check(c, member, p, message.ranges, header.tokens)
     except Unfit as error:
         c.reject(member, p, number, f"{error.cause}: {error}")
         limit, what = c.config.fault.quarantine_after, (member.incarnation, p, number)
-        if member.conduct.offend(what, c.ended, len(c.plan.fragments), limit):
+        bad = error.cause != "lease"
+        if bad and member.conduct.offend(what, c.ended, len(c.plan.fragments), limit):
             c.shut_out(member)
         nothing(c, member, p, number)
         return
-    header = checked.header
-    if _counted(c, member, p, number, header.base_version):
+    if counted:
         _value(c, member, p, number)
         return
     staleness = c.ledgers[p].shard.version - header.base_version
@@ -64,7 +69,10 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
         _value(c, member, p, None)
     else:
         member.steps, member.tokens = member.steps + header.steps, member.tokens + header.tokens
-        answer = Answer(member.index, number, header.tokens, message.frame, header.steps, header.l2norm)
+        answer = Answer(
+            *(member.index, number, header.tokens, message.frame, header.steps, header.l2norm),
+            ranges=message.ranges,
+        )
         _commit(c, member, p, answer, staleness)
 
 
@@ -105,6 +113,7 @@ def _commit(c: Coordinator, member: Member, p: int, answer: Answer, staleness: i
         local_steps=local_paces(c) if p == 0 else (),
     )
     c.counted[p, answer.index] = (answer.round, done.version)
+    (answer,) = leasing.committed(c, p, [member.name], [answer])
     c.account(p, done, answer.tokens, c.inner_step())
     c.actions.append(commit_record(p, done, [answer], [member.name], step=c.inner_step(), epoch=c.epoch))
     if done.version % c.config.topology.checkpoint_every_commits == 0:

@@ -73,9 +73,9 @@ def end_record(reason: str, node: str = "") -> Persist:
 
 def bond_of(record: Mapping[str, Any], index: int) -> Bond | None:
     """The bond that this record, number `index` of its journal, begins; None if it ends one."""
-    if not record["attached"]:
-        return None
     try:
+        if not record["attached"]:
+            return None
         witnesses = tuple((str(name), int(nonce)) for name, nonce in record["witnesses"])
         return Bond(str(record["node"]), index, int(record["epoch"]), witnesses)
     except (KeyError, TypeError, ValueError):

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diloco import robust
-from diloco.aggregate import weights
 from diloco.comms import downlink, frame
 from diloco.comms.messages import Aborted, Contribution, Heartbeat, Refused, Resend, Skip
-from diloco.coordinator import arrivals, values
+from diloco.coordinator import arrivals, lateness, leasing, values
 from diloco.coordinator.gates import Unfit, check_contribution, check_header, check_shard
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.pace import local_paces
@@ -42,7 +41,8 @@ def heartbeat(c: Coordinator, member: Member, message: Heartbeat) -> None:
         newest = c.ledgers[fragment].shard.version if fragment in c.ledgers else 0
         if version < newest and (done is None or c.now - done.at > quiet_s):
             c.send_commit(member, fragment)
-    for fragment, number in message.in_flight:
+    in_flight = dict(message.in_flight)  # one answer a fragment, however often it is named
+    for fragment, number in in_flight.items():
         done, open_round = c.committed.get(fragment), c.rounds.get(fragment)
         if not 0 <= fragment < len(message.versions) or _ended(c, member, fragment, number):
             continue
@@ -72,10 +72,15 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
         checked = check_contribution(
             message.frame, c.plan, p, c.run_hash, c.codecs[p], member, number, version
         )
+        leasing.check(c, member, p, message.ranges, checked.header.tokens, in_time=True)
     except Unfit as error:
-        _unfit(c, member, p, number, error)
+        _unfit(c, member, message, error)
         return
     if _passed(c, member, p, number):
+        return
+    if not lateness.supersedes(c, member, p, number, checked.header.steps):
+        c.reject(member, p, number, "late")
+        _answered_empty(c, member, p, number)
         return
     open_round = c.rounds.setdefault(p, Round(c.now))
     member.lagging.discard(p)
@@ -87,13 +92,23 @@ def contribution(c: Coordinator, member: Member, message: Contribution) -> None:
             member.tokens + h.tokens,
             message.shard,
         )
-        answer = Answer(member.index, number, h.tokens, message.frame, h.steps, h.l2norm, message.shard)
+        answer = Answer(
+            member.index,
+            number,
+            h.tokens,
+            message.frame,
+            h.steps,
+            h.l2norm,
+            message.shard,
+            ranges=message.ranges,
+        )
         open_round.answers[member.index] = answer
         if not open_round.waits_for(c.expected(p)):
             c.arrivals.learn(open_round.opened, c.now)
 
 
-def _unfit(c: Coordinator, member: Member, p: int, number: int, error: Unfit) -> None:
+def _unfit(c: Coordinator, member: Member, message: Contribution, error: Unfit) -> None:
+    p, number = message.fragment, message.round
     done = c.committed.get(p)
     if error.cause == "ahead":
         c.send(member.name, Refused("corrupt", f"fragment {p}: {error}: this coordinator has lost commits"))
@@ -101,11 +116,11 @@ def _unfit(c: Coordinator, member: Member, p: int, number: int, error: Unfit) ->
         # What is in that very commit came from an earlier life, or before a restart.
         if done is None or (member.index, number) not in done.rounds:
             member.lagging.discard(p)  # it works again: the next round waits for it
-            c.reject(member, p, number, "late")
+            lateness.take(c, member, message)
         c.send_commit(member, p)
     else:
         c.reject(member, p, number, f"{error.cause}: {error}")
-        if error.cause != "quarantined":
+        if error.cause not in ("quarantined", "lease"):
             c.offence(member, p, number)
         _answered_empty(c, member, p, number)
 
@@ -153,6 +168,7 @@ def _ended(c: Coordinator, member: Member, p: int, number: int) -> bool:
     if number == last and aborted:
         c.send(member.name, Aborted(p, number, "the round ended without a commit"))
     elif number == last:
+        lateness.repeat(c, member, p, number)
         c.send_commit(member, p)
     return number <= last
 
@@ -160,8 +176,8 @@ def _ended(c: Coordinator, member: Member, p: int, number: int) -> bool:
 def commit(c: Coordinator, p: int, open_round: Round) -> None:
     ledger, everybody = c.ledgers[p], [open_round.answers[i] for i in sorted(open_round.answers)]
     answers, dropped = _chosen(c, p, everybody)
-    steps, shards = [a.steps for a in answers], [a.shard for a in answers]
-    shares = weights(c.config.weights.mode, [a.tokens for a in answers], steps=steps, shards=shards)
+    answers = lateness.joined(c, p, answers)
+    shares = lateness.shares(c, answers)
     parts = [downlink.Part(a.index, w, a.frame) for a, w in zip(answers, shares, strict=True)]
     frames = downlink.close(
         c.config.codec.down,
@@ -187,6 +203,7 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
     c.account(p, done, sum(a.tokens for a in answers), c.inner_step())
     members = {m.index: m for m in c.members.values()}
     contributors = [members[a.index].name for a in answers]
+    answers = leasing.committed(c, p, contributors, answers)
     for a in answers:
         members[a.index].in_step = True
         c.counted[p, a.index] = (a.round, done.version)
@@ -197,6 +214,7 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
         words = (
             "norm far from the others'" if c.rule.kind == "norm_outlier" else "points away from the others'"
         )
+        words = words if answer.norm > 0.0 else "an update of zeros"
         c.reject(members[answer.index], p, answer.round, f"outlier: {words} (robust.kind = {c.rule.kind!r})")
     for member in c.by_index():
         if member.status is Status.ACTIVE and not open_round.has(member.index) and p not in member.lagging:
@@ -205,19 +223,28 @@ def commit(c: Coordinator, p: int, open_round: Round) -> None:
             c.send_commit(member, p)
 
 
+def commit_held(c: Coordinator) -> None:
+    """The run ends: what came late and is in no commit yet becomes one of its own."""
+    for p in sorted(c.late):
+        c.rounds[p] = Round(c.now)
+        commit(c, p, c.rounds[p])
+
+
 def _chosen(c: Coordinator, p: int, answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
-    """Who counts in the commit, and who is dropped, under a rule that drops anybody."""
+    """Who counts in the commit, and who is dropped; under the plain mean nobody is."""
+    if c.rule.kind == "mean":
+        return answers, []
+    left = [answers[i] for i in robust.moving([a.norm for a in answers])]
     if c.rule.kind == "norm_outlier":
-        norms = [a.norm / a.steps if c.rule.by_steps else a.norm for a in answers]
-        kept = robust.inliers(norms)
+        norms = [a.norm / a.steps if c.rule.by_steps else a.norm for a in left]
+        left = [left[i] for i in robust.inliers(norms)]
     elif c.rule.kind == "cos_gate":
         numel = c.ledgers[p].shard.params.numel()
         codec = c.codecs[p]
-        payloads = [frame.unpack(a.frame, codec=codec)[1] for a in answers]
-        kept = robust.agreeing([codec.decode(payload, numel) for payload in payloads])
-    else:
-        return answers, []
-    return [answers[i] for i in kept], [a for i, a in enumerate(answers) if i not in kept]
+        payloads = [frame.unpack(a.frame, codec=codec)[1] for a in left]
+        left = [left[i] for i in robust.agreeing([codec.decode(payload, numel) for payload in payloads])]
+    kept = {a.index for a in left}
+    return left, [a for a in answers if a.index not in kept]
 
 
 def close(c: Coordinator, p: int, ended: Round, *, aborted: bool) -> dict[int, int]:

@@ -19,8 +19,8 @@ from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
 
 # stale: from before the newest commit (not bad, only late). ahead: from after it. The others are bad ones.
-# quarantined: earlier ones were bad.
-CAUSES = ("corrupt", "ahead", "stale", "steps", "tokens", "values", "norm", "quarantined")
+# quarantined: earlier ones were bad. lease: made with data that is not the sender's (it was silent for too long).
+CAUSES = ("corrupt", "ahead", "stale", "steps", "tokens", "values", "norm", "quarantined", "lease")
 
 MAX_NORM = 1e18  # its square still is an fp32 number, so no outer optimizer can overflow
 MAX_TOKENS_PER_STEP = 1 << 32

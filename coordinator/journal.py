@@ -17,6 +17,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from diloco.comms.messages import Buffer
 from diloco.errors import ConfigError, EnvironmentProblem, StorageError
 
 Record = tuple[Mapping[str, Any], Sequence[Buffer]]
+
+BLOB_NAME = re.compile(r"[0-9]{8,20}\.bin")
+SUPERSEDED = ("commit", "snapshot", "late")  # bulk data that a later snapshot of the fragment stands for
 
 
 class Journal:
@@ -78,9 +82,8 @@ class Journal:
         for number, line in enumerate(data[:whole].splitlines()):
             try:
                 record = json.loads(line)
-                if not isinstance(record, dict) or "type" not in record:
-                    raise ValueError("not a record")
-            except ValueError:
+                _require_record(record)
+            except (ValueError, TypeError, LookupError, RecursionError):
                 raise StorageError(
                     f"{self._path}: line {number + 1} is damaged; restore the journal from a copy"
                 ) from None
@@ -104,7 +107,7 @@ class Journal:
         """Only what a later snapshot of the same fragment made superfluous may be missing."""
         newest = {int(r["fragment"]): int(r["version"]) for r, _ in records if r["type"] == "snapshot"}
         for record, blobs in records:
-            superfluous = record["type"] in ("commit", "snapshot") and int(record["version"]) < newest.get(
+            superfluous = record["type"] in SUPERSEDED and int(record["version"]) < newest.get(
                 int(record["fragment"]), 0
             )
             if "blobs" in record and not blobs and not superfluous:
@@ -178,7 +181,7 @@ class Journal:
 
     def _remember(self, record: Mapping[str, Any]) -> None:
         # Starting values are never compacted: a restart begins with them, whatever snapshot it then loads.
-        if record["type"] in ("commit", "snapshot") and "blobs" in record:
+        if record["type"] in SUPERSEDED and "blobs" in record:
             kept = self._commits.setdefault(int(record["fragment"]), [])
             kept.append((int(record["version"]), str(record["blobs"]["file"])))
 
@@ -209,6 +212,20 @@ def mapped(path: Path) -> memoryview:
         if os.fstat(file.fileno()).st_size == 0:
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _require_record(record: Any) -> None:
+    """TypeError, LookupError or ValueError unless it is one, with all that the journal itself needs of it."""
+    if not isinstance(record, dict) or not isinstance(record.get("type"), str):
+        raise TypeError("not a record")
+    if record["type"] in SUPERSEDED and not all(
+        isinstance(record.get(k), int) for k in ("fragment", "version")
+    ):
+        raise ValueError("of no fragment or version")
+    if "blobs" in record:
+        named, sizes = record["blobs"]["file"], record["blobs"]["sizes"]
+        if not BLOB_NAME.fullmatch(named) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError("no bulk data has that name or size")
 
 
 def _write_all(handle: int, data: Buffer) -> None:

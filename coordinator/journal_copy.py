@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from diloco.comms.messages import Buffer
-from diloco.coordinator.journal import Record, fsync_folder, mapped
+from diloco.coordinator.journal import BLOB_NAME, Record, fsync_folder, mapped
 from diloco.errors import CorruptDataError, StorageError
-
-_BLOB = re.compile(r"[0-9]{8,20}\.bin")
 
 
 class JournalLines:
@@ -44,7 +41,7 @@ class JournalLines:
 
     def blob(self, name: str) -> Buffer | None:
         """A record's bulk data; None when a snapshot has made it superfluous. Raises CorruptDataError for other names."""
-        if not _BLOB.fullmatch(name):
+        if not BLOB_NAME.fullmatch(name):
             raise CorruptDataError(f"{name!r} names no bulk data of a journal")
         try:
             return mapped(self._blobs / name)

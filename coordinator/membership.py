@@ -69,6 +69,8 @@ class Member:
     in_step: bool = False  # a commit of this life counted it: it is in the same rounds as the others
     passes: int = 0  # rounds it was sent on from before that
     finished: str = ""
+    done: bool = False  # it has sent its last contribution and waits for the run's final value
+    moved: float = 0.0  # when its trainer last gave a sign of life
     digest: str = ""
     versions: tuple[int, ...] = ()
     progress: Progress = field(default_factory=Progress)
@@ -81,6 +83,9 @@ class Member:
     differed: dict[int, str] = field(
         default_factory=dict
     )  # by fragment the last digest it reported as its own
+
+    def __post_init__(self) -> None:
+        self.moved = self.last_seen
 
     @property
     def tokens_per_step(self) -> float:

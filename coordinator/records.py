@@ -57,6 +57,8 @@ def commit_record(
     }
     if done.local_steps:
         record["local_steps"] = [list(pair) for pair in done.local_steps]
+    if any(a.ranges for a in answers):
+        record["ranges"] = [[list(r) for r in a.ranges] for a in answers]
     return Persist(record, [a.frame for a in answers])
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from diloco.comms.messages import Buffer
 from diloco.config import Fault
+from diloco.ranges import Ranges
 
 
 class Verdict(StrEnum):
@@ -27,6 +28,8 @@ class Answer:
     steps: int = 1
     norm: float = 0.0  # of the decoded values
     shard: int = 0  # tokens of the sender's data, under weights.mode = "shard"
+    staleness: int = 0  # commits between the value it was measured from and the newest one
+    ranges: Ranges = ()  # the leased blocks that it was made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,13 @@ class Arrivals:
     def learn(self, first: float, last: float) -> None:
         self.spread_s = max(last - first, 0.8 * self.spread_s + 0.2 * (last - first))
 
-    def grace_s(self, fault: Fault) -> float:
-        """How long a round with a quorum waits for the rest."""
+    def grace_s(self, fault: Fault, slack_s: float = 0.0) -> float:
+        """How long a round with a quorum waits for the rest.
+
+        As long as members have been apart, three times over, and at least the floor; or longer, for the share `gamma`
+        of `slack_s`, the time in which nobody needs the result yet (see `diloco.coordinator.pace.slack_s`).
+        """
         if fault.fixed_grace_s is not None:
             return fault.fixed_grace_s
-        return min(fault.round_timeout_s, max(GRACE_FLOOR_S, 3.0 * self.spread_s))
+        learnt = max(GRACE_FLOOR_S, 3.0 * self.spread_s)
+        return min(fault.round_timeout_s, max(learnt, fault.gamma * slack_s))

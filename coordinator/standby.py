@@ -141,7 +141,7 @@ class Standby:
                 return self._join(event.message)
             case Vote() if self.bond is not None:
                 self.bond.hear(event.message)
-                return self._take_over_if_won()
+                return self._take_over_if_won() if self._may_lead() else self._send_away()
             case Vote() | Parted():
                 pass
             case _ if event.sender not in self._joins:
@@ -151,9 +151,13 @@ class Standby:
     def _here(self) -> list[Action]:
         """The coordinator is there: who came to us shall go to it."""
         self._away, self._heard = None, self.now
-        actions = [Send(name, Refused("standby", NOT_LEADING)) for name in self._joins]
+        return self._send_away()
+
+    def _send_away(self) -> list[Action]:
+        """Who waits here waits in vain."""
+        names = list(self._joins)
         self._joins.clear()
-        return [*actions]
+        return [Send(name, Refused("standby", NOT_LEADING)) for name in names]
 
     def _follow(self, epoch: int) -> Follow:
         c = self.coordinator

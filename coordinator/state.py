@@ -23,6 +23,7 @@ from diloco.comms.messages import (
     Heartbeat,
     Initial,
     Join,
+    LeaseRequest,
     Leave,
     Refused,
     Rejected,
@@ -32,12 +33,12 @@ from diloco.comms.messages import (
 )
 from diloco.comms.uplink import codecs_for
 from diloco.config import RunConfig
-from diloco.coordinator import contributions, values
+from diloco.coordinator import contributions, farewell, lateness, leasing, pace, values
 from diloco.coordinator.admission import refusal
 from diloco.coordinator.membership import Member, Status
 from diloco.coordinator.records import member_record, start_record
 from diloco.coordinator.replay import replay
-from diloco.coordinator.rounds import Arrivals, Committed, Round, Verdict
+from diloco.coordinator.rounds import Answer, Arrivals, Committed, Round, Verdict
 from diloco.fragments import FragmentPlan
 from diloco.robust import rule_of
 from diloco.settings import settings_json
@@ -55,6 +56,9 @@ class Coordinator:
         self.asynchronous = config.stream.overlap == "async"
         # (fragment, worker index) -> its newest round that counted, and the version that has it.
         self.counted: dict[tuple[int, int], tuple[int, int]] = {}
+        # By fragment and worker index what came late and will be in the next commit.
+        self.late: dict[int, dict[int, Answer]] = {}
+        self.leases = leasing.table_of(config)
         self.members: dict[str, Member] = {}
         self.plan: FragmentPlan | None = None
         self.ledgers: dict[int, downlink.Ledger] = {}
@@ -65,6 +69,8 @@ class Coordinator:
         self.arrivals = Arrivals()
         self.started = False
         self.complete = False
+        self.final = ""  # digest of the run's final value, once nothing counts any more
+        self.ending_at: float | None = None  # since when somebody waits for that
         self.epoch = 1
         self.commits = 0
         self.aborts = 0
@@ -84,14 +90,14 @@ class Coordinator:
         self._expire()
         for fragment in list(self.rounds):
             self._judge(fragment)
-        self._finish_if_done()
+        leasing.sweep(self)
+        farewell.settle(self)
         return self.actions
 
     @property
     def deadline(self) -> float | None:
         times = [t for m in self.members.values() if (t := m.expires(self.config.fault)) is not None]
-        grace, timeout = self.arrivals.grace_s(self.config.fault), self.config.fault.round_timeout_s
-        times += [r.deadline(grace, timeout) for r in self.rounds.values()]
+        times += pace.deadlines(self) + farewell.deadlines(self)
         return min(times) if times and not self.complete else None
 
     def check(self) -> None:
@@ -107,6 +113,8 @@ class Coordinator:
             assert done.version == self.ledgers[fragment].shard.version, "the cached commit is not the newest"
             total = sum(w for _, w in done.weights)
             assert self.asynchronous or abs(total - 1.0) < 1e-9, "weights do not sum to 1"
+        if self.leases is not None:
+            self.leases.check()
 
     # ---- what arrives ----
 
@@ -115,7 +123,7 @@ class Coordinator:
         if isinstance(message, Join):
             self._join(message)
             return
-        if not isinstance(message, Heartbeat | Contribution | Initial | Skip | Fetch | Leave):
+        if not isinstance(message, Heartbeat | Contribution | Initial | Skip | Fetch | Leave | LeaseRequest):
             return
         member = self.members.get(message.worker)
         if event.sender != message.worker or member is None or member.incarnation != message.incarnation:
@@ -123,10 +131,15 @@ class Coordinator:
                 event.sender, Refused("incarnation", "this life of the worker is not known here: join again")
             )
             return
-        if member.status is Status.GONE and not isinstance(message, Leave):
+        if member.status is Status.GONE:
+            if isinstance(message, Leave):
+                farewell.leave(self, member, message)
             return
         self._revive(member)
         member.last_seen = self.now
+        farewell.moved(self, member, message)
+        if farewell.too_late(self, member, message):
+            return
         match message:
             case Heartbeat():
                 contributions.heartbeat(self, member, message)
@@ -138,8 +151,10 @@ class Coordinator:
                 contributions.skip(self, member, message)
             case Fetch():
                 values.fetch(self, member, message)
+            case LeaseRequest():
+                leasing.request(self, member, message)
             case Leave():
-                self._leave(member, message)
+                farewell.leave(self, member, message)
 
     def _join(self, message: Join) -> None:
         refused = refusal(
@@ -232,22 +247,13 @@ class Coordinator:
             ),
         )
 
-    def _leave(self, member: Member, message: Leave) -> None:
-        if member.status is not Status.GONE:
-            member.status, member.progress, member.digest = Status.GONE, message.progress, message.digest
-            member.finished = "complete" if message.reason == "complete" else ""
-            self.persist(
-                {"type": "leave", "worker": member.name, "reason": message.reason, "digest": message.digest}
-            )
-        self.send(member.name, Refused("left", "goodbye"))
-
     # ---- rounds ----
 
     def _judge(self, p: int) -> None:
         open_round, fault = self.rounds[p], self.config.fault
         expected = self.expected(p)
         quorum = fault.quorum or max(1, -(-len(expected) // 2))
-        grace = self.arrivals.grace_s(fault)
+        grace = pace.grace_s(self, p, open_round)
         verdict = open_round.judge(expected, quorum, grace, fault.round_timeout_s, self.now)
         if verdict is Verdict.COMMIT:
             contributions.commit(self, p, open_round)
@@ -277,7 +283,10 @@ class Coordinator:
     def _commit_for(self, member: Member, p: int, done: Committed) -> Commit:
         frames = done.frames
         if self.config.codec.down == "relay" and member.incarnation == self._contributed_as(member, done):
-            frames = tuple((i, f) for i, f in frames if i != member.index)  # its own it still holds
+            # its own it still holds, but for one that came late
+            frames = tuple(
+                (i, f) for i, f in frames if i != member.index or lateness.is_late(f, done.version)
+            )
         return Commit(p, done.version, done.weights, done.rounds, done.digest, frames, done.local_steps)
 
     @staticmethod
@@ -302,7 +311,9 @@ class Coordinator:
         return [
             m.index
             for m in self.by_index()
-            if m.status is Status.ACTIVE and p not in m.lagging and not m.conduct.barred(self.ended)
+            if m.status is Status.ACTIVE
+            and p not in m.lagging
+            and not (m.done or m.conduct.barred(self.ended))
         ]
 
     def offence(self, member: Member, fragment: int, number: int) -> None:
@@ -315,6 +326,7 @@ class Coordinator:
     def shut_out(self, member: Member) -> None:
         """What it has in open rounds does not count, and nobody waits for it."""
         self.rejections["quarantines"] += 1
+        lateness.forget(self, member.index)
         for open_round in self.rounds.values():
             answer = open_round.answers.pop(member.index, None)
             if answer is not None:
@@ -329,16 +341,6 @@ class Coordinator:
             if not self.rounds[p].answers and not self.rounds[p].skipped:
                 del self.rounds[p]
 
-    def _finish_if_done(self) -> None:
-        if self.complete or not self.started or any(m.live for m in self.members.values()):
-            return
-        if any(m.finished for m in self.members.values()):
-            self.complete = True
-            self.persist(
-                {"type": "complete", "versions": list(self.versions()), "digest": self.global_digest()}
-            )
-            self.actions.append(Stop("complete"))
-
     # ---- restart ----
 
     def restore(
@@ -351,7 +353,7 @@ class Coordinator:
         self.persist({"type": "epoch", "epoch": self.epoch})
         if self.complete:
             self.actions.append(Stop("complete"))
-        self._finish_if_done()
+        farewell.settle(self)
         return self.actions
 
     # ---- facts ----

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from diloco.coordinator import leasing
 from diloco.coordinator.membership import Member
 from diloco.coordinator.state import Coordinator
 
@@ -40,6 +41,7 @@ def status(coordinator: Coordinator, now: float, seconds: float) -> dict[str, An
         "rejections": dict(coordinator.rejections),
         "global_digest": coordinator.global_digest() if coordinator.complete else "",
         "seconds": seconds,
+        "data": leasing.facts(coordinator),
         "config": coordinator.config.model_dump(mode="json"),
     }
 

@@ -16,6 +16,7 @@ from diloco.comms.peering import Head, Seat
 from diloco.config import RunConfig
 from diloco.coordinator.membership import Status
 from diloco.coordinator.state import Coordinator
+from diloco.errors import ConfigError
 from diloco.fragments import FragmentPlan
 from diloco.overlap import outer_optimizer
 from diloco.robust import rule_of
@@ -62,8 +63,13 @@ def successor(
     """The coordinator that leads in `epoch`, and its first actions.
 
     `live`: by name what each live peer holds. The newest commits are published again, for their leader may have died
-    before it did, and sent to whoever lacks them.
+    before it did, and sent to whoever lacks them. ConfigError where data is leased: the table would be lost.
     """
+    if config.data.mode != "static":
+        raise ConfigError(
+            f"data.mode = {config.data.mode!r} needs a coordinator with a journal, which a run led by its workers has not: "
+            "set data.mode = 'static'"
+        )
     c = Coordinator(config)
     first = {"type": "start", "plan": plan.describe(), "epoch": epoch - 1}
     records: list[Record] = [({**first, "members": [_seat(s) for s in seats if s.cohort]}, ())]

@@ -10,6 +10,7 @@ from diloco.comms.messages import Buffer, Fetch, Initial, Refused, Snapshot
 from diloco.coordinator.gates import check_contribution
 from diloco.coordinator.membership import Member
 from diloco.errors import CorruptDataError
+from diloco.late import base_state
 from diloco.overlap import bases_for, outer_optimizer
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def begin(c: Coordinator, fragment: int, initial: Buffer) -> None:
     """The fragment's starting value is here."""
     shard = outer.OuterShard.start(outer_optimizer(c.config), frame.decode_frame(initial)[1])
     shard.state.update(c.rule.state(shard.params.numel()))
+    shard.state.update(base_state(c.config, shard.params.numel()))
     c.ledgers[fragment] = downlink.Ledger.start(shard, c.config.codec.down, c.codecs[fragment])
     c.ledgers[fragment].bases = bases_for(c.config, shard.params)
 

@@ -45,6 +45,7 @@ class Codec(BaseModel):
     stochastic: bool = False
     ef: Literal["off", "on"] = "off"
     ef_beta: float = Field(0.95, ge=0, le=1)
+    ef_recover: bool = False  # what a late round's merge takes away of its work goes into the error feedback
     topk: int = Field(64, ge=2)
     chunk: int = Field(4096, ge=2)
 

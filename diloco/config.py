@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diloco.codec_section import Codec, codec_problems
 from diloco.errors import ConfigError, nearest
 from diloco.ignored_settings import ignored_warnings
+from diloco.late import late_problems
 from diloco.optim_section import AVERAGING, Optim, composition_problem
 from diloco.outer_defaults import momentum_warnings, with_outer_defaults
 from diloco.schedules_section import Schedule, schedule_problems, schedule_warnings
@@ -46,7 +47,7 @@ class Data(Section):
     format: str = "auto"
     tokenizer: str = "bytes"
     field: str = "text"
-    mode: Literal["static", "leased", "deficit"] = "static"
+    mode: Literal["static", "leased", "deficit"] = "static"  # by shard, or by lease
     shards: int | None = Field(None, ge=1)  # None: one per worker of the start cohort
     noniid: Literal["none", "kmeans"] = "none"
 
@@ -97,7 +98,7 @@ class Stream(Section):
     H: int = Field(30, ge=1)
     frag_layers: int = Field(3, ge=1)
     layout: Literal["strided", "sequential", "balanced", "single"] = "strided"
-    offsets: Literal["auto"] | tuple[int, ...] = "auto"
+    offsets: Literal["auto"] | Annotated[tuple[int, ...], Field(strict=False)] = "auto"
     tau: int = Field(1, ge=0)
     alpha: float = Field(0.5, ge=0, le=1)
     first_round: Literal["short", "full"] = "short"
@@ -115,7 +116,7 @@ class Fault(Section):
     suspect_s: float = Field(10.0, gt=0)
     dead_s: float = Field(40.0, gt=0)
     quorum: int | None = Field(None, ge=1)  # None: ceil(M/2)
-    gamma: float = Field(0.9, ge=0)
+    gamma: float = Field(0.9, ge=0)  # share of the time that overlap leaves in which late ones are waited for
     fixed_grace_s: float | None = Field(None, ge=0)
     round_timeout_s: float = Field(600.0, gt=0)
     late: Literal["skip", "isolate", "carry", "discount", "rollback"] = "skip"
@@ -191,7 +192,11 @@ class RunConfig(Section):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> RunConfig:
         try:
-            return cls.model_validate_json(json.dumps(raw))
+            text = json.dumps(raw)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"no key of the configuration takes such a value: {error}") from None
+        try:
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
@@ -200,7 +205,7 @@ class RunConfig(Section):
         """Parse TOML, then apply `overrides` such as ``["stream.H=100"]``."""
         try:
             raw = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested deeper than Python's stack
             raise ConfigError(f"the configuration is not valid TOML: {error}") from None
         for item in overrides:
             _override(raw, item)
@@ -212,6 +217,8 @@ class RunConfig(Section):
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the configuration {str(path)!r} is no UTF-8: {error}") from None
         return cls.from_toml(text, overrides)
 
 
@@ -222,7 +229,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r} is not of the form section.key=value, such as stream.H=100")
     try:
         parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value  # a bare word is a string, as people type it on a command line
     table = raw
     for name in parts[:-1]:
@@ -271,6 +278,7 @@ def _impossible(c: RunConfig) -> list[str]:
         found.append(f"fault.dead_s = {c.fault.dead_s} must exceed fault.suspect_s = {c.fault.suspect_s}")
     found += codec_problems(c.codec)
     found += stream_problems(c)
+    found += late_problems(c)
     found += topology_problems(c)
     found += _robust_problems(c)
     found += schedule_problems(c.schedule, c.run.inner_steps_total, c.optim.kind, c.optim.momentum)
@@ -324,12 +332,8 @@ def _robust_warnings(c: RunConfig) -> list[str]:
 
 # Keys of the specification whose behaviour is not built yet. Refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "data.mode": ("static",),
     "data.noniid": ("none",),
-    "fault.late": ("skip",),
     "topology.kind": ("central", "replicated"),
-    "fault.gamma": (0.9,),
-    "fault.rebase": (True,),
 }
 
 

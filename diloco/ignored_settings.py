@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from diloco.codec_section import BLOCK_CODECS
+from diloco.late import COUNTING
 
 if TYPE_CHECKING:
     from diloco.config import RunConfig
@@ -20,13 +21,18 @@ _WHOLE_ROUND = ("delayed", "eager", "async")  # the worker's parameters are repl
 def ignored_warnings(c: RunConfig) -> list[str]:
     """One line for each key that was set to something other than its default and has no effect, then `_sparse`."""
     found = []
-    for name, why in (*_outer(c), *_stream(c), *_codec(c)):
+    for name, why in (*_data(c), *_outer(c), *_stream(c), *_codec(c), *_fault(c)):
         section, key = name.split(".")
         part = getattr(c, section)
         value = getattr(part, key)
         if value != type(part).model_fields[key].default:
             found.append(f"{name} = {value!r} has no effect with {why}: remove it")
     return found + _sparse(c)
+
+
+def _data(c: RunConfig) -> Iterator[tuple[str, str]]:
+    if c.data.mode == "leased":
+        yield "data.shards", "data.mode = 'leased', which leases the corpus as a whole"
 
 
 def _outer(c: RunConfig) -> Iterator[tuple[str, str]]:
@@ -63,6 +69,17 @@ def _codec(c: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"codec.{key}", f"{coded}; it is for 'topk'"
     if c.codec.ef == "off":
         yield "codec.ef_beta", "codec.ef = 'off'"
+        yield "codec.ef_recover", "codec.ef = 'off'"
+
+
+def _fault(c: RunConfig) -> Iterator[tuple[str, str]]:
+    if c.fault.late not in COUNTING:
+        yield "fault.rebase", f"fault.late = {c.fault.late!r}, under which nothing late is counted"
+    if c.fault.fixed_grace_s is not None:
+        yield "fault.gamma", f"fault.fixed_grace_s = {c.fault.fixed_grace_s}"
+    elif c.stream.overlap not in ("inner", "delay_corrected") or not c.stream.tau:
+        why = f"stream.overlap = {c.stream.overlap!r} and stream.tau = {c.stream.tau}, which leave no time to wait in"
+        yield "fault.gamma", why
 
 
 def _sparse(c: RunConfig) -> list[str]:

@@ -38,6 +38,8 @@ def render(status: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_title(status), _progress(status), Text()]
     parts.append(_workers(status) if status["members"] else Text("No worker has joined yet.", style="dim"))
     parts.append(_traffic(status))
+    if status.get("data"):
+        parts.append(_data(status["data"]))
     if status["rejections"]:
         reasons = ", ".join(f"{printable(k)} {v}" for k, v in sorted(status["rejections"].items()))
         parts.append(Text(f"Rejected: {reasons}", style="yellow"))
@@ -106,6 +108,14 @@ def _workers(status: Mapping[str, Any]) -> Table:
             style=style,
         )
     return table
+
+
+def _data(data: Mapping[str, Any]) -> Text:
+    """Where the leased blocks of the data are."""
+    states = ", ".join(
+        f"{whole(data[state])} {state}" for state in ("committed", "leased", "free", "returned")
+    )
+    return Text(f"Blocks of data: {states} · {count_text(sum(map(whole, data['tokens'])))} tokens committed")
 
 
 def _traffic(status: Mapping[str, Any]) -> Text:

@@ -2,7 +2,7 @@
 
 A worker that keeps the share alpha of what it has learnt damps the outer steps, and bears the gain lr / (1 - momentum) of
 the published settings, 4. Where a merge takes the global value whole, a gain of about 1.3 is best, from 50 rounds of 20
-steps to 1000 of one step, and momentum 0.9 costs 3 to 32 %: docs/quality.md (f). With updates that are a whole round old
+steps to 1000 of one step, and momentum 0.9 costs 2 to 29 %: docs/quality.md (f). With updates that are a whole round old
 (`delayed`) any momentum costs.
 """
 
@@ -57,5 +57,5 @@ def momentum_warnings(c: RunConfig) -> Iterator[str]:
     if mode != "delayed" and not kept and momentum >= HEAVY:
         yield (
             f"outer.momentum = {momentum} where a merge keeps no share of the local value (stream.alpha is 0 or has no "
-            "effect): it cost 3 to 32 % of the loss in runs of up to 1000 rounds; use 0.4 with outer.lr = 0.8"
+            "effect): it cost 2 to 29 % of the loss in runs of up to 1000 rounds; use 0.4 with outer.lr = 0.8"
         )

@@ -1,6 +1,6 @@
 """Aggregation that holds out against bad contributions: pure functions on lists of fp32 [n], ascending worker index.
 
-Two kinds of rules. Some decide who counts (`inliers`, `agreeing`): the coordinator does, and tells everybody by the
+Two kinds of rules. Some decide who counts (`moving`, `inliers`, `agreeing`): the coordinator does, and tells everybody by the
 weights. The others say how those who count are combined (`combine`): where workers repeat the aggregation they
 repeat this, so it uses nothing whose bits depend on the machine.
 """
@@ -78,6 +78,15 @@ def inliers(norms: Sequence[float], factor: float = OUTLIER_FACTOR) -> list[int]
         return list(range(len(norms)))
     middle = median(norms)
     return [i for i, n in enumerate(norms) if middle / factor <= n <= middle * factor]
+
+
+def moving(norms: Sequence[float]) -> list[int]:
+    """Positions of updates that are not zero. All, when they are fewer than 3 or none is.
+
+    A zero says nothing of where to go, and would only make the step of the others smaller.
+    """
+    found = [i for i, n in enumerate(norms) if n > 0.0]
+    return found if found and len(norms) >= ENOUGH else list(range(len(norms)))
 
 
 def agreeing(deltas: Sequence[Tensor], least: float = MIN_COSINE) -> list[int]:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from diloco.config import RunConfig
+from diloco.late import late_settings
 
 # What decides the numbers that cross the wire. The rest (devices, batch sizes, paths) is each node's own affair.
 SHARED = ("outer", "stream", "codec", "weights", "robust")
@@ -17,6 +18,12 @@ def settings_json(config: RunConfig) -> str:
     # When a worker takes a commit in, and how fast it sends, changes nothing for the others (2501.18512).
     del shared["stream"]["tau"], shared["stream"]["pace"]
     shared["topology"] = {"kind": config.topology.kind}
+    shared["fault"] = late_settings(config)
+    shared["data"] = {"mode": config.data.mode}
+    if config.data.mode != "static":
+        shared["model"] = {"sequence_length": config.model.sequence_length}
+    if config.data.mode == "deficit":
+        shared["data"]["shards"] = config.data.shards or config.topology.workers
     shared["run"] = {"seed": config.run.seed, "inner_steps_total": config.run.inner_steps_total}
     return json.dumps(shared, sort_keys=True)
 

@@ -17,26 +17,25 @@ def stream_problems(c: RunConfig) -> list[str]:
         found += _eager_problems(c)
     elif mode == "async":
         found += _async_problems(c)
-    if mode in ("delayed", "eager", "async"):
-        if c.stream.merge != "lerp":
-            found.append(
-                f"stream.merge = {c.stream.merge!r} needs stream.overlap = 'inner': {mode!r} replaces the parameters"
-            )
-        if c.fault.late != "skip":
-            found.append(
-                f"fault.late = {c.fault.late!r} cannot be combined with stream.overlap = {mode!r}: use 'skip'"
-            )
+    if mode in ("delayed", "eager", "async") and c.stream.merge != "lerp":
+        found.append(
+            f"stream.merge = {c.stream.merge!r} needs stream.overlap = 'inner': {mode!r} replaces the parameters"
+        )
     if mode != "async":
         for key, default in (("dn_N", 1), ("dn_c", 0.0)):
             if getattr(c.weights, key) != default:
                 found.append(
                     f"weights.{key} has an effect with stream.overlap = 'async' only, which is {mode!r}"
                 )
-        stale = (("fault.s_max", c.fault.s_max, 1), ("weights.staleness_pow", c.weights.staleness_pow, 0.5))
-        for name, value, default in stale:
-            if value != default and c.fault.late != "discount":
+        stale = (
+            ("fault.s_max", c.fault.s_max, 1, ("carry", "discount")),
+            ("weights.staleness_pow", c.weights.staleness_pow, 0.5, ("discount",)),
+        )
+        for name, value, default, policies in stale:
+            if value != default and c.fault.late not in policies:
                 found.append(
-                    f"{name} = {value} has an effect with stream.overlap = 'async' only, which is {mode!r}"
+                    f"{name} = {value} has an effect with stream.overlap = 'async' or fault.late = "
+                    f"{' or '.join(map(repr, policies))} only; these are {mode!r} and {c.fault.late!r}"
                 )
     if c.stream.compensate and mode not in ("delayed", "async"):
         found.append(

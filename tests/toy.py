@@ -14,6 +14,7 @@ from diloco.comms.sim import Simulation, Weather
 from diloco.config import RunConfig
 from diloco.coordinator.state import Coordinator
 from diloco.fragments import FragmentPlan, build_plan, gather, scatter
+from diloco.worker import replica_end
 from diloco.worker.replica import Replica
 
 ROLES = {
@@ -120,6 +121,10 @@ class ToyWorker:
             self.state = "flushing"
             self.sim.perform(self.name, self.replica.flush(self.sim.now))
         if self.state == "flushing" and not self.replica.blocked:
+            self.sim.perform(self.name, self.replica.merge())
+            self.state = "ending"
+            self.sim.perform(self.name, replica_end.ask(self.replica, self.sim.now))
+        if self.state == "ending" and not self.replica.blocked:
             self.sim.perform(self.name, self.replica.merge())
             self.finished = True
             self.sim.perform(self.name, self.replica.leave("complete"))

@@ -21,7 +21,7 @@ from diloco.schedules import apply, peaks_of, settings_at
 from diloco.worker.data import Corpus, load_corpus
 from diloco.worker.evaluate import evaluate
 from diloco.worker.model import build_from_factory, build_model, next_token_loss
-from diloco.worker.sampler import Sampler, take
+from diloco.worker.sampler import Indices, Sampler, take
 
 PATIENCE = 20  # consecutive steps with a non-finite loss or gradient before giving up
 
@@ -69,7 +69,7 @@ class InnerLoop:
 
     `position` counts the windows taken from the shard and is the whole state beside model and optimizer. `agree`
     turns this process's loss into the one that all processes of a job act on; `quiet` makes the context of every
-    backward pass of an accumulated step but the last.
+    backward pass of an accumulated step but the last; `windows` gives the token positions of the next windows.
     """
 
     def __init__(self, config: RunConfig, say: Callable[[str], None], *, gpu: int | None = None) -> None:
@@ -85,6 +85,7 @@ class InnerLoop:
         self.use(self.loss)
         self.agree: Callable[[float], float] = lambda loss: loss
         self.quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.windows: Callable[[int], Indices] = self._in_order
         self.position = 0
         self.skipped = 0
 
@@ -101,6 +102,10 @@ class InnerLoop:
         """Read the data that is worker `index`'s among `shards`."""
         length, seed = self.config.model.sequence_length, self.config.run.seed
         self._sampler = Sampler.for_worker(len(self.corpus.train), length, seed, index, shards)
+
+    def _in_order(self, count: int) -> Indices:
+        self.position += count
+        return self._sampler.batch(self.position - count, count)
 
     @property
     def shard_tokens(self) -> int:
@@ -135,9 +140,7 @@ class InnerLoop:
         t = self.config.train
         total = torch.zeros((), device=self.device)
         for part in range(t.grad_accum):
-            windows = self._sampler.batch(self.position, t.batch_size)
-            self.position += t.batch_size
-            tokens = torch.from_numpy(take(self.corpus.train, windows)).to(self.device)
+            tokens = torch.from_numpy(take(self.corpus.train, self.windows(t.batch_size))).to(self.device)
             with self.quiet() if part + 1 < t.grad_accum else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16"):
                     loss = self._loss(tokens)

@@ -21,7 +21,7 @@ from diloco.config import RunConfig
 from diloco.errors import ConfigError
 from diloco.optim.build import check_composition
 from diloco.stream_checks import plan_warnings
-from diloco.worker import checkpoint
+from diloco.worker import checkpoint, drawing
 from diloco.worker.inner import InnerLoop, finite, make_model, make_optimizer
 from diloco.worker.prediction import predict, sentence
 from diloco.worker.session import DiLoCo, Interrupted
@@ -66,6 +66,9 @@ class Trainer:
         for text in plan_warnings(config, len(self.optimizer.parameters.plan.fragments)):
             say(f"warning: {text}")
         self.inner.attach(self.optimizer)
+        if config.data.mode != "static":
+            self.inner.read(0, 1)
+            drawing.attach(self.optimizer, self.inner)
 
     # ---- the run ----
 
@@ -83,7 +86,9 @@ class Trainer:
         self.say(
             f"{say_from} at inner step {self.optimizer.inner_step} as member {self.optimizer.replica.index}"
         )
-        self.inner.read(self.optimizer.replica.index, self.config.data.shards or self.config.topology.workers)
+        if self.config.data.mode == "static":
+            shards = self.config.data.shards or self.config.topology.workers
+            self.inner.read(self.optimizer.replica.index, shards)
         if self.config.weights.mode == "shard":
             self.optimizer.replica.shard = self.inner.shard_tokens
         if not resumed:
@@ -96,7 +101,10 @@ class Trainer:
                     self._interrupted()
                     return None
                 before = self.optimizer.inner_step
-                loss = self._step()
+                try:
+                    loss = self._step()
+                except drawing.RunOver:
+                    break
                 step = self.optimizer.inner_step  # under weights.dylu a step may be several of the run's
                 log.write(json.dumps({"step": step, "loss": finite(loss), "t": round(time.time(), 3)}) + "\n")
                 if _passed(every.eval_every, before, step) and step < total:

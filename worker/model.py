@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -281,6 +282,9 @@ def build_model(
     return model.to(device)
 
 
+_seeding = threading.Lock()  # torch's random state is the whole process's
+
+
 def build_from_factory(path: str, seed: int) -> nn.Module:
     """The model returned by `package.module:function`, called without arguments under a seeded random state.
 
@@ -290,7 +294,7 @@ def build_from_factory(path: str, seed: int) -> nn.Module:
     """
     factory = _resolve(path)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with _seeding, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         model = factory()
     if not isinstance(model, nn.Module):

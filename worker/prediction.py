@@ -9,10 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from diloco.comms.codec import get
-from diloco.comms.downlink import WORKERS_STEP
 from diloco.comms.frame import frame_size
 from diloco.comms.uplink import codec_for
 from diloco.config import RunConfig
@@ -28,7 +25,6 @@ from diloco.readout import (
     utilisation,
     whole,
 )
-from diloco.worker.replica_slots import start_shard
 
 Row = Mapping[str, Any]
 
@@ -69,9 +65,9 @@ def predict(
     )
     values = sum(frame_size(get("fp32"), f.numel) for f in plan.fragments)
     compute = math.fsum(times) * steps
-    # The first worker's starting values go up once, and down to all others with the outer state they need.
+    # The first worker's starting values go up once, and down to all others.
     bytes_up = here * found.bytes_up + here * values // count
-    bytes_down = here * found.bytes_down + here * (count - 1) * values * _parts(config) // count
+    bytes_down = here * found.bytes_down + here * (count - 1) * values // count
     return {
         "inputs": {
             "workers": count,
@@ -169,13 +165,6 @@ def _overlap_steps(config: RunConfig) -> int:
         case "delayed" | "eager":
             return config.stream.H
     return 0
-
-
-def _parts(config: RunConfig) -> int:
-    """Frames of a snapshot: the value, and the outer optimizer's state where workers step themselves."""
-    if config.codec.down not in WORKERS_STEP:
-        return 1
-    return 1 + len(start_shard(config, torch.zeros(1)).state)
 
 
 def _down_bytes(config: RunConfig, up: int, numel: int, workers: int) -> int:

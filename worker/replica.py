@@ -30,6 +30,7 @@ from diloco.comms.messages import (
     Claim,
     Commit,
     Fetch,
+    Lease,
     Leave,
     Progress,
     Refused,
@@ -45,7 +46,7 @@ from diloco.errors import RefusedError
 from diloco.fragments import FragmentPlan
 from diloco.overlap import next_step
 from diloco.robust import rule_of
-from diloco.worker import replica_jobs, replica_state, replica_turns
+from diloco.worker import leasing, replica_end, replica_jobs, replica_late, replica_state, replica_turns
 from diloco.worker.replica_slots import Flight, Parameters, Slot, is_of_plan
 
 __all__ = ["Flight", "Parameters", "Replica", "Slot"]
@@ -88,6 +89,8 @@ class Replica:
         self.flushing = False
         self.cohort: Waiting | None = None
         self.leaving: Leave | None = None
+        self.end = replica_end.End()
+        self.lease: leasing.Leasing | None = None  # of the data, where data.mode has leases
         self.stopped: Stop | None = None
         self.progress = Progress()
         self.rejections: list[Rejected] = []
@@ -110,7 +113,9 @@ class Replica:
                 self.connected = False
                 return []
             case Computed(result):
-                return self._computed(result)
+                actions = self._computed(result)
+                replica_end.after_job(self)
+                return actions
             case Tick():
                 due = self.next_heartbeat is not None and now >= self.next_heartbeat
                 return replica_jobs.heartbeat(self) if due else []
@@ -122,11 +127,10 @@ class Replica:
         return None if self.stopped is not None else self.next_heartbeat
 
     def check(self) -> None:
+        over = self.flushing or bool(self.end.final)
         for slot in self.slots:
             flight = slot.flight
-            assert flight is None or flight.due > self.last_step or self.blocked or self.flushing, (
-                "a merge was missed"
-            )
+            assert flight is None or flight.due > self.last_step or self.blocked or over, "a merge was missed"
             assert not slot.waiting or min(slot.waiting) > slot.version, "a commit was applied and kept"
 
     @property
@@ -140,7 +144,7 @@ class Replica:
     def blocked(self) -> bool:
         if self.stopped is not None:
             return False
-        return not self.ready or any(not self.settled(slot) for slot in self._due())
+        return not self.ready or self.end.waits or any(not self.settled(slot) for slot in self._due())
 
     def _due(self) -> list[Slot]:
         return [s for s in self.slots if s.flight is not None and s.flight.due <= self.step]
@@ -165,7 +169,8 @@ class Replica:
         for slot in self.slots:
             slot.steps += 1
             slot.tokens += tokens
-        actions: list[Action] = []
+        leasing.trained(self)
+        actions = leasing.ask(self)
         for at in range(self.last_step + 1, self.step + 1):
             for index in self.plan.due(at):
                 actions += replica_turns.take(self, self.slots[index], at)
@@ -246,10 +251,15 @@ class Replica:
                 return self._welcome(message)
             case Claim():
                 return [Send(COORDINATOR, replica_jobs.vote(self, message))]
+            case Refused("final"):
+                return replica_end.told(self, message.reason)
             case Refused("incarnation"):
                 return [Send(COORDINATOR, replica_jobs.join(self))] if self.connected else []
             case Refused(kind=kind) if self.leaving is not None and kind in ("left", "complete"):
                 self.stopped = Stop(self.leaving.reason)
+                return [self.stopped]
+            case Refused("complete") if replica_end.over(self):  # the others left while we were away
+                self.stopped = Stop("complete")
                 return [self.stopped]
             case Refused():
                 self.stopped = Stop(
@@ -259,26 +269,18 @@ class Replica:
             case Commit():
                 return self._commit(message)
             case Rejected():
-                self.rejections.append(message)
-                self._roll_back(message.fragment, message.round)
-                flight = self.slots[message.fragment].flight
-                if flight is not None and flight.round == message.round:
-                    flight.rejected, flight.refused = True, flight.refused or message.reason != "late"
+                replica_late.told(self, message)
+                return leasing.refused(self, message)
             case Aborted():
-                slot = self.slots[message.fragment]
-                flight = slot.flight
-                if flight is not None and flight.round == message.round and not flight.outcome:
-                    self._roll_back(message.fragment, message.round)
-                    flight.outcome = "aborted"
-                    # The work is still in the parameters: the next round covers it. In whole rounds it is kept apart.
-                    if not flight.overwrite and (not self.whole_round or flight.final):
-                        slot.steps, slot.tokens = slot.steps + flight.steps, slot.tokens + flight.tokens
+                replica_turns.aborted(self, self.slots[message.fragment], message.round)
             case Resend():
                 slot = self.slots[message.fragment]
                 if slot.flight is not None and slot.flight.round == message.round:
                     return replica_jobs.answer(self, slot, slot.flight)
             case Snapshot():
                 return self._snapshot(message)
+            case Lease():
+                return leasing.told(self, message)
         return []
 
     def _welcome(self, message: Welcome) -> list[Action]:
@@ -304,6 +306,7 @@ class Replica:
             held = slot.known if flight is None else flight.base
             behind = self.config.fault.s_max if self.mode == "async" else 1
             if fresh and slot.shard is not None and held + behind < message.versions[slot.index]:
+                leasing.forgot(self, slot)
                 slot.forget()
                 flight = None
             if slot.shard is None:
@@ -312,7 +315,7 @@ class Replica:
                 actions.append(Compute(replica_jobs.encode_job(self, slot, flight)))
             elif flight is not None and not flight.outcome:
                 actions += replica_jobs.answer(self, slot, flight)
-        return actions
+        return [*leasing.welcomed(self, fresh=fresh), *actions]
 
     def _commit(self, message: Commit) -> list[Action]:
         slot = self.slots[message.fragment]
@@ -355,6 +358,8 @@ class Replica:
             flight.outcome = "merged-in"
             if slot.feedback is not None:
                 slot.feedback.commit()
+        elif replica_late.undecided(self, flight):
+            flight.passed = True
         else:
             self._roll_back(slot.index, flight.round)
             flight.outcome = "left-out"
@@ -365,6 +370,9 @@ class Replica:
             slot.adopt = True
         elif snapshot.version > flight.base and not flight.outcome:
             counts = flight.counted or flight.round == snapshot.counted
+            if not counts and replica_late.undecided(self, flight):
+                flight.passed = True
+                return
             flight.outcome = "merged-in" if counts else "left-out"
             if not counts:
                 self._roll_back(slot.index, flight.round)

@@ -18,12 +18,14 @@ from diloco.comms.codec import Codec
 from diloco.comms.feedback import ErrorFeedback
 from diloco.comms.machine import COORDINATOR, Action, Compute, Send
 from diloco.comms.messages import (
+    FLUSHED,
     Claim,
     Commit,
     Contribution,
     Heartbeat,
     Initial,
     Join,
+    Leave,
     Skip,
     Snapshot,
     Vote,
@@ -31,6 +33,7 @@ from diloco.comms.messages import (
 )
 from diloco.errors import CorruptDataError, NonFiniteError
 from diloco.settings import settings_json
+from diloco.worker import leasing
 from diloco.worker.replica_slots import Flight, Slot, apply_commit, shard_of, start_shard
 
 if TYPE_CHECKING:
@@ -65,7 +68,8 @@ def encoded(
     if not flight.outcome and not flight.counted:
         return answer(r, slot, flight) if r.joined else []
     if slot.feedback is not None:
-        settle = slot.feedback.rollback if flight.outcome in ("left-out", "aborted") else slot.feedback.commit
+        lost = flight.outcome in ("left-out", "aborted") and not flight.accepted
+        settle = slot.feedback.rollback if lost else slot.feedback.commit
         settle()
     return []
 
@@ -94,19 +98,20 @@ def _frame(
 
 
 def open_waiting(r: Replica, slot: Slot) -> list[Action]:
-    """Take what waits, in order. Only while a round is in flight: nobody else then reads the anchor."""
+    """Take what waits, in order. Only while a round is in flight, or at the end: nobody else then reads the anchor."""
     kept = slot.kept
     if slot.restoring or (kept is not None and slot.jobs):
         return []
     if kept is not None and slot.shard is not None and kept.version <= slot.version and not slot.broken:
         slot.kept = kept = None
-    if kept is not None and (slot.shard is None or slot.adopt or slot.broken or slot.flight is not None):
+    free = slot.flight is not None or r.end.near
+    if kept is not None and (slot.shard is None or slot.adopt or slot.broken or free):
         slot.kept, slot.restoring, slot.jobs = None, True, slot.jobs + 1
         return [Compute(_restore_job(r, slot, kept))]
     if kept is not None or slot.broken:
         return []
     actions: list[Action] = []
-    while slot.flight is not None and (commit := slot.waiting.pop(slot.reached + 1, None)) is not None:
+    while free and (commit := slot.waiting.pop(slot.reached + 1, None)) is not None:
         slot.jobs, slot.target = slot.jobs + 1, commit.version
         actions.append(Compute(open_job(r, slot, commit)))
     return actions
@@ -149,7 +154,8 @@ def answer(r: Replica, slot: Slot, flight: Flight) -> list[Action]:
     here = (r.index, r.incarnation)
     if flight.label != here:  # the header names the life that sends it
         flight.frame, flight.label = frame.relabel(flight.frame, worker=here[0], incarnation=here[1]), here
-    message = Contribution(r.worker, r.incarnation, slot.index, flight.round, flight.frame, r.shard)
+    held = leasing.carried(r, slot)
+    message = Contribution(r.worker, r.incarnation, slot.index, flight.round, flight.frame, r.shard, held)
     return [Send(COORDINATOR, message)]
 
 
@@ -189,6 +195,13 @@ def give_initial(r: Replica, message: Welcome) -> list[Action]:
     return actions
 
 
+def flushed(r: Replica) -> list[Action]:
+    """Our last contribution is sent: said with each heartbeat until we hear the run's final value."""
+    if not r.end.asked or r.end.final:
+        return []
+    return [Send(COORDINATOR, Leave(r.worker, r.incarnation, FLUSHED, r.current_progress(), r.end.held))]
+
+
 def heartbeat(r: Replica) -> list[Action]:
     r.next_heartbeat = r.now + r.config.fault.heartbeat_s
     old = r.now - 3 * r.config.fault.heartbeat_s
@@ -203,4 +216,5 @@ def heartbeat(r: Replica) -> list[Action]:
         return [Send(COORDINATOR, join(r))] if r.connected else []
     beat = Heartbeat(r.worker, r.incarnation, r.current_progress(), r.versions(), in_flight)
     lacking = [s for s in r.slots if (s.shard is None or s.broken) and not s.jobs]
-    return [Send(COORDINATOR, beat), *(Send(COORDINATOR, r.fetch(s)) for s in lacking)]
+    fetches = [Send(COORDINATOR, r.fetch(s)) for s in lacking]
+    return [Send(COORDINATOR, beat), *fetches, *leasing.ask(r, again=True), *flushed(r)]

@@ -19,6 +19,7 @@ from diloco.config import RunConfig
 from diloco.delta import merge, merge_delay_corrected
 from diloco.errors import CorruptDataError
 from diloco.fragments import FragmentPlan
+from diloco.late import base_state
 from diloco.overlap import outer_optimizer
 from diloco.robust import MEAN, Rule, rule_of
 
@@ -55,6 +56,8 @@ class Flight:
     final: bool = False  # the round that ends the run
     counted: bool = False  # in a commit that could not be opened here: a snapshot brings its value
     rejected: bool = False  # told that it does not count: in async mode the next value is then the answer
+    passed: bool = False  # a commit is here that does not count it: see `diloco.worker.replica_late`
+    accepted: bool = False  # told that it came late and will be in the next commit
 
 
 @dataclass(slots=True)
@@ -148,6 +151,7 @@ def start_shard(config: RunConfig, values: Tensor) -> outer.OuterShard:
         shard = outer.OuterShard.start(optimizer, values)
         if config.codec.down == "relay":
             shard.state.update(rule_of(config).state(values.numel()))
+            shard.state.update(base_state(config, values.numel()))
         return shard
     return outer.OuterShard(optimizer, values.clone())
 
@@ -165,7 +169,13 @@ def apply_commit(
     """Move the anchor by one commit, or to its version if it brings the whole value. CorruptDataError if that is impossible or gives another digest."""
     shard, frames, flight = slot.shard, commit.frames, slot.flight
     assert shard is not None
-    if mode == "relay" and index in dict(commit.weights) and index not in dict(frames):
+    # After one that could not be applied the next ones, which were under way, would only give wrong values.
+    if mode not in downlink.WHOLE and commit.version != shard.version + 1:
+        reason = f"fragment {slot.index}: version {commit.version} cannot follow {shard.version}"
+        raise CorruptDataError(reason)
+    # Twice with a round that came late, which is among `frames`.
+    counted = sum(i == index for i, _ in commit.weights)
+    if mode == "relay" and counted > sum(i == index for i, _ in frames):
         if flight is None or flight.frame is None:
             raise CorruptDataError(f"fragment {slot.index} version {commit.version}: our own frame is gone")
         frames = (*frames, (index, flight.frame))

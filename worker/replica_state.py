@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = (
     *("round", "base", "due", "alpha", "steps", "tokens", "outcome", "overwrite", "refused"),
-    *("final", "counted", "rejected"),
+    *("final", "counted", "rejected", "passed", "accepted"),
 )
 
 
@@ -33,6 +33,8 @@ def state_dict(replica: Replica) -> dict[str, Any]:
         "incarnation": replica.incarnation,
         "slots": [],
     }
+    if replica.lease is not None:
+        meta["lease"] = replica.lease.state()
     tensors: dict[str, Tensor] = {}
     for slot in replica.slots:
         p, flight = slot.index, slot.flight
@@ -70,6 +72,8 @@ def load_state_dict(replica: Replica, saved: Mapping[str, Any]) -> None:
     replica.step, replica.index, replica.incarnation = meta["step"], meta["index"], meta["incarnation"]
     replica.last_step, replica.shard = replica.step - 1, meta.get("shard", 0)
     replica.pace, replica.next_pace, replica.members = meta["pace"], meta["next_pace"], meta["members"]
+    if replica.lease is not None and "lease" in meta:
+        replica.lease.load(meta["lease"])
     for slot, entry in zip(replica.slots, meta["slots"], strict=True):
         p = slot.index
         slot.steps, slot.tokens, slot.adopt = entry["steps"], entry["tokens"], entry["adopt"]

@@ -16,7 +16,7 @@ from diloco.comms.machine import Action, Compute
 from diloco.delta import pseudo_gradient
 from diloco.outer import OuterShard
 from diloco.overlap import EagerAverage, compensate, eager_update
-from diloco.worker import replica_jobs
+from diloco.worker import leasing, replica_end, replica_jobs, replica_late
 from diloco.worker.replica_slots import Flight, Slot, Turn, merged
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def take(r: Replica, slot: Slot, at: int) -> list[Action]:
     """Inner step `at` of the run is the fragment's turn."""
+    if r.end.final:
+        return []
     number = r.plan.round_of(slot.index, at)
     if r.whole_round:
         _hold(r, slot, number, at)
@@ -54,6 +56,7 @@ def _catch_up(r: Replica, slot: Slot, number: int) -> list[Action]:
 def merge(r: Replica) -> list[Action]:
     """Write what is due into the parameters, then send what waited for that. Only when nothing is missing."""
     actions: list[Action] = []
+    leasing.abandon(r)
     for slot in r.slots:
         if slot.adopt and slot.flight is None and slot.shard is not None:
             _adopt(r, slot)
@@ -73,7 +76,8 @@ def merge(r: Replica) -> list[Action]:
             else:
                 turn, slot.turn = slot.turn, None
                 actions += send(r, slot, turn.round, turn.at + r.tau, r.alpha)
-    return actions
+    replica_end.write(r)
+    return [*actions, *leasing.ask(r)]
 
 
 def drain(r: Replica) -> None:
@@ -82,7 +86,13 @@ def drain(r: Replica) -> None:
     for slot in r.slots:
         if slot.flight is not None:
             slot.flight.due = r.step
-        if r.mode == "delayed" and slot.steps and slot.turn is None and slot.own is not None:
+        if (
+            r.mode == "delayed"
+            and slot.steps
+            and slot.turn is None
+            and slot.own is not None
+            and not r.end.final
+        ):
             _hold(r, slot, r.plan.flush_round(slot.index, r.step), r.step)
 
 
@@ -90,7 +100,7 @@ def flush(r: Replica) -> list[Action]:
     """Send every fragment once more and take the result whole, so that the global value covers every step."""
     actions: list[Action] = []
     everywhere = r.plan.due(r.step) if r.alpha == 0.0 else ()
-    for slot in r.slots:
+    for slot in r.slots if not r.end.final else ():
         number, shard = r.plan.flush_round(slot.index, r.step), slot.shard
         assert shard is not None
         if r.mode == "delayed" and (slot.turn is not None or slot.carry is not None):
@@ -112,6 +122,7 @@ def send(r: Replica, slot: Slot, number: int, due: int, alpha: float, *, final: 
     delta = pseudo_gradient(shard.params, local)
     flight = _flight(r, slot, number, due, delta, slot.steps, slot.tokens)
     flight.alpha, flight.sent, flight.final = alpha, keep, final
+    flight.own = delta if r.config.codec.ef_recover else None
     idle = slot.steps == 0 and not bool(delta.any())
     slot.steps = slot.tokens = 0
     return _depart(r, slot, flight, idle)
@@ -126,6 +137,7 @@ def _flight(r: Replica, slot: Slot, number: int, due: int, delta: Tensor, steps:
 
 def _depart(r: Replica, slot: Slot, flight: Flight, idle: bool) -> list[Action]:
     slot.flight = flight
+    leasing.departs(r, slot)
     if idle:  # a newcomer without work of its own must not dilute the others'
         flight.overwrite, flight.delta, flight.own = True, None, None
         return [*replica_jobs.answer(r, slot, flight), *replica_jobs.open_waiting(r, slot)]
@@ -138,16 +150,36 @@ def _adopt(r: Replica, slot: Slot) -> None:
     slot.adopt = False
     r.parameters.write(slot.index, slot.shard.params)
     slot.steps = slot.tokens = 0
+    leasing.replaced(r, slot)
     if r.whole_round:
         slot.own, slot.carry = own_from(slot.shard), None
         if slot.turn is not None:
             slot.turn = Turn(slot.turn.round, slot.turn.at, torch.zeros_like(slot.shard.params))
 
 
+def aborted(r: Replica, slot: Slot, number: int) -> None:
+    """The round has ended without a commit."""
+    flight = slot.flight
+    if flight is None or flight.round != number or flight.outcome:
+        return
+    if slot.feedback is not None:
+        slot.feedback.rollback()
+    flight.outcome = "aborted"
+    # The work is still in the parameters: the next round covers it. In whole rounds it is kept apart.
+    if not flight.overwrite and (not r.whole_round or flight.final):
+        slot.steps, slot.tokens = slot.steps + flight.steps, slot.tokens + flight.tokens
+
+
 def _finish(r: Replica, slot: Slot, flight: Flight) -> None:
     shard = slot.shard
     assert shard is not None
-    if flight.outcome != "aborted" or flight.overwrite:
+    leasing.ended(r, slot, flight)
+    replica_late.recover(r, slot, flight)
+    if replica_late.stays(r, slot, flight):
+        pass
+    elif replica_late.rolls_back(r, slot, flight):
+        r.parameters.write(slot.index, shard.params)
+    elif flight.outcome != "aborted" or flight.overwrite:
         local = r.parameters.read(slot.index)
         r.parameters.write(slot.index, merged(flight, local, shard.params))
         if r.whole_round:
@@ -173,6 +205,9 @@ def _boundary(r: Replica, slot: Slot) -> list[Action]:
     if flight is not None and flight.outcome == "aborted" and not flight.overwrite:
         slot.carry = flight.own  # it is in nobody's value: the next round takes it along
         slot.steps, slot.tokens = slot.steps + flight.steps, slot.tokens + flight.tokens
+    if flight is not None:
+        leasing.ended(r, slot, flight)
+        replica_late.recover(r, slot, flight)
     if r.mode == "delayed":
         _delayed(r, slot, turn)
     else:

@@ -24,7 +24,7 @@ from diloco.config import RunConfig
 from diloco.errors import ConfigError, TransportError
 from diloco.fragments import FragmentPlan, build_plan, gather, scatter
 from diloco.optim.groups import place
-from diloco.worker import timeline
+from diloco.worker import leasing, replica_end, timeline
 from diloco.worker.clock import Clock
 from diloco.worker.deadlines import Deadlines
 from diloco.worker.rates import Peaks
@@ -142,10 +142,7 @@ class DiLoCo(torch.optim.Optimizer):
             raise ConfigError(
                 "DiLoCo.step after flush(): the run of this worker is over; flush only at its end"
             )
-        if self.config.weights.mode == "shard" and not self.replica.shard:
-            raise ConfigError(
-                "weights.mode = 'shard' needs the size of this worker's data: DiLoCo(..., shard=number of tokens)"
-            )
+        leasing.require_data(self.replica)
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         begun = time.monotonic()
         taken = begun - self._last_step_end if self._last_step_end is not None else None
@@ -185,8 +182,9 @@ class DiLoCo(torch.optim.Optimizer):
         self._last_step_end = time.monotonic()
 
     def flush(self) -> None:
-        """End of the run: merge what is in flight, send every fragment once more, hold the final global value.
+        """End of the run: merge what is in flight, send every fragment once more, hold the run's final value.
 
+        Waits until no other worker that is alive owes its last contribution, so that all end with the same value.
         Afterwards `step` raises ConfigError.
         """
         if self.replica.flushing:
@@ -197,6 +195,8 @@ class DiLoCo(torch.optim.Optimizer):
             self._merge_when_due()
             if self.config.stream.final_flush:
                 self._perform(self.replica.flush(time.monotonic()))
+                self._merge_when_due()
+                self._perform(replica_end.ask(self.replica, time.monotonic()))
                 self._merge_when_due()
         self.clock.exposed += time.monotonic() - begun
 
@@ -323,6 +323,8 @@ class DiLoCo(torch.optim.Optimizer):
             if cohort is not None:
                 return f"waiting for workers: {len(cohort.joined)} of {cohort.needed} have joined"
             return "waiting for the coordinator"
+        if self.replica.end.waits:
+            return "waiting for the last contributions of the others"
         return "waiting for the run's parameters" if not self.replica.ready else "waiting for a commit"
 
     def _raise_if_stopped(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from diloco.comms import frame
 from diloco.comms.messages import Progress
 from diloco.config import RunConfig
+from diloco.errors import ConfigError
 from diloco.optim import GPA, SNOO, AnytimeAverage, Master, build_optimizer
 from diloco.worker.inner import InnerLoop, finite
 from diloco.worker.local_files import Log, RunFiles
@@ -47,6 +48,10 @@ class LocalTrainer:
         ranks: Ranks | None = None,
     ) -> None:
         """Raises ConfigError for a folder that holds a run without `resume`, or one that cannot be continued."""
+        if config.data.mode != "static":
+            raise ConfigError(
+                f"data.mode = {config.data.mode!r} needs a coordinator, which `diloco train` has not: use 'static'"
+            )
         self.config, self.stop = config, stop
         self.ranks = ranks or Ranks()
         self.say = say if self.ranks.first else lambda text: None

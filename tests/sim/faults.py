@@ -9,6 +9,7 @@ import pytest
 from diloco.comms import frame
 from diloco.comms.machine import COORDINATOR, Action, Event, Machine
 from diloco.comms.sim import Weather
+from diloco.late import COUNTING
 from tests.toy import Cluster, ToyWorker
 
 CALM = Weather()
@@ -24,12 +25,17 @@ def require_sound(cluster: Cluster) -> None:
     """What holds in every run: one commit per version, and every replica has exactly what the journal says."""
     digests: dict[tuple[int, int], str] = {}
     newest: dict[int, int] = {}
+    rounds: set[tuple[int, int, int]] = set()  # by fragment, worker index and number
     for record in cluster.disk.commits():
         p, version = record["fragment"], record["version"]
         assert version == newest.get(p, 0) + 1, "a committed version was lost or doubled"
         newest[p] = version
         digests[p, version] = record["digest"]
-        assert len(set(record["indices"])) == len(record["indices"]), "one worker counted twice"
+        late = cluster.config.fault.late in COUNTING  # then a worker may be there with two rounds
+        counted = list(zip(record["indices"], record["rounds"] if late else record["indices"], strict=True))
+        assert len(set(counted)) == len(counted), "one worker counted twice"
+        assert not rounds.intersection((p, *pair) for pair in counted) or not late, "a round counted twice"
+        rounds.update((p, *pair) for pair in counted)
         if cluster.config.stream.overlap == "async":
             assert len(record["weights"]) == 1 and 0.0 < record["weights"][0] <= 1.0
         else:

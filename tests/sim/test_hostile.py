@@ -73,7 +73,8 @@ def test_the_gates_alone_hold_back_what_is_not_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lie"), [("norm_outlier", "-10x"), ("cos_gate", "-10x"), ("norm_outlier", "zeros")]
+    ("kind", "lie"),
+    [("norm_outlier", "-10x"), ("cos_gate", "-10x"), *((kind, "zeros") for kind in RULES)],
 )
 def test_who_is_dropped_from_a_commit_is_told_and_is_no_contributor(kind: str, lie: str) -> None:
     """It gets a reason, its error feedback goes back, and it still ends with everybody's parameters."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import json
 import queue
-import re
 import shutil
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,78 +19,23 @@ import torch
 from diloco.cli import main
 from diloco.comms import diloco_v1_pb2 as pb
 from diloco.comms import diloco_v1_pb2_grpc, frame, tls, uplink
-from diloco.comms.authority import Authority
 from diloco.comms.connect import connect
 from diloco.comms.convert import worker_to_proto
 from diloco.comms.grpc_options import grpc
 from diloco.comms.machine import Connection, Received
 from diloco.comms.messages import Contribution, Join, Leave, Progress, Rejected, Welcome
-from diloco.comms.query import fetch_status
 from diloco.comms.transfer import Ref
 from diloco.config import RunConfig
 from diloco.settings import settings_json
 from diloco.worker.model import build_model
 from diloco.worker.session import ModelParameters
-from tests.processes import (
-    SLOW,
-    Cluster,
-    Process,
-    assert_all_identical,
-    assert_versions_have_no_gap,
-)
+from tests.processes import SLOW
+from tests.secured import WAIT_S, Secured, authority, handshake, resident, running
 
 M = TypeVar("M")
 services: Any = diloco_v1_pb2_grpc  # generated without types
-WAIT_S = 20.0
 LENGTH = 200  # inner steps: 20 seconds while the model is slow
 QUICK = {"heartbeat_s": 0.5, "suspect_s": 2.0, "dead_s": 4.0}
-
-
-def authority(folder: Path, days_ago: float = 0) -> Authority:
-    return Authority(folder, datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days_ago))
-
-
-class Secured(Cluster):
-    """A cluster with keys for its coordinator and `names`."""
-
-    def __init__(self, folder: Path, names: list[str], **sections: Mapping[str, Any]) -> None:
-        super().__init__(folder, **sections)
-        self.keys = folder / "keys"
-        made = authority(self.keys)
-        made.create([], 30)
-        for name in names:
-            made.member("worker", name, [], 30)
-
-    def keys_of(self, name: str) -> Path:
-        return self.keys / "workers" / name
-
-    def with_keys(self, name: str, *flags: str) -> Process:
-        return self.worker(name, "--keys", str(self.keys_of(name)), *flags)
-
-    def status(self) -> dict[str, Any] | None:
-        return fetch_status(self.address, 5.0, self.keys)
-
-    @property
-    def audit(self) -> list[dict[str, Any]]:
-        text = (self.run_dir / "audit.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
-
-@contextlib.contextmanager
-def running(cluster: Secured, names: list[str]) -> Iterator[list[Process]]:
-    """Coordinator and workers `names`, held back until the block ends; then the first two workers finish the run."""
-    with cluster:
-        cluster.slow(True)
-        coordinator = cluster.coordinator("--keys", str(cluster.keys))
-        workers = [cluster.with_keys(name) for name in names]
-        cluster.wait_commits(1, coordinator, *workers)
-        yield [coordinator, *workers]
-        cluster.slow(False)
-        honest = [coordinator, *workers[:2]]
-        assert [process.wait() for process in honest] == [0, 0, 0], coordinator.text
-        assert_versions_have_no_gap(cluster.commits)
-        assert_all_identical(cluster.report)
-        assert "Traceback" not in coordinator.text
 
 
 def test_strangers_stay_out_and_the_revoked_go_while_the_run_goes_on(
@@ -147,23 +88,8 @@ def test_strangers_stay_out_and_the_revoked_go_while_the_run_goes_on(
 
 
 def _tls(cluster: Secured, version: ssl.TLSVersion, name: str = "w0") -> str | None:
-    with _handshake(cluster, name, version) as wrapped:
+    with handshake(cluster, name, version) as wrapped:
         return wrapped.version()
-
-
-def _handshake(cluster: Secured, name: str, version: ssl.TLSVersion) -> ssl.SSLSocket:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cluster.keys / "ca.crt")
-    folder = cluster.keys_of(name)
-    context.load_cert_chain(folder / "worker.crt", folder / "worker.key")
-    context.minimum_version = context.maximum_version = version
-    context.set_alpn_protocols(["h2"])
-    plain = socket.create_connection(("127.0.0.1", cluster.port), WAIT_S)
-    try:
-        return context.wrap_socket(plain, server_hostname=tls.COORDINATOR_NAME)
-    except BaseException:
-        plain.close()
-        raise
 
 
 # ---- an insider who lies, and floods ----
@@ -175,7 +101,7 @@ def test_a_lying_insider_and_floods_cost_neither_rounds_nor_memory(tmp_path: Pat
         tmp_path, ["w0", "w1", "eve"], model=SLOW, run={"inner_steps_total": LENGTH}, fault=QUICK
     )
     with running(cluster, ["w0", "w1"]) as (coordinator, *workers), ExitStack() as stack:
-        resident = _resident(coordinator)
+        held = resident(coordinator)
         _replay(cluster)
         channel = _lies(cluster, stack)
         silent, sessions = _flood(cluster, stack, channel)
@@ -184,17 +110,10 @@ def test_a_lying_insider_and_floods_cost_neither_rounds_nor_memory(tmp_path: Pat
         cluster.wait_commits(before + 3, coordinator, *workers)
         assert [_is_cut_off(one) for one in silent] == [True, True]
         assert cluster.status() is not None and time.monotonic() - began < 30
-        assert _resident(coordinator) - resident < 150e6, "the coordinator's memory has grown with the floods"
+        assert resident(coordinator) - held < 150e6, "the coordinator's memory has grown with the floods"
     counted = [c for c in cluster.commits if "eve" in c["contributors"]]
     assert len(counted) <= 1
     assert (tmp_path / "runs" / "r" / "audit.jsonl").stat().st_size < 1e6
-
-
-def _resident(process: Process) -> float:
-    text = Path(f"/proc/{process.popen.pid}/status").read_text(encoding="ascii")
-    found = re.search(r"VmRSS:\s+(\d+) kB", text)
-    assert found is not None
-    return 1024.0 * int(found[1])
 
 
 def _receive(connection: Connection, kind: type[M]) -> M:
@@ -299,7 +218,7 @@ def _message_of_4_gib(cluster: Secured) -> None:
         )
     )
     message = b"\x00" + b"\xff" * 4 + b"x" * 1000
-    with _handshake(cluster, "eve", ssl.TLSVersion.TLSv1_3) as wrapped:
+    with handshake(cluster, "eve", ssl.TLSVersion.TLSv1_3) as wrapped:
         wrapped.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
             + http2(4, 0, 0, b"")
@@ -329,7 +248,7 @@ def _flood(
         if number % 2:
             plain.sendall(b"\x16\x03\x01\x40\x00\x01" + b"\x00" * 100)  # a ClientHello that never goes on
     for _ in range(100):
-        stack.enter_context(_handshake(cluster, "eve", ssl.TLSVersion.TLSv1_3))
+        stack.enter_context(handshake(cluster, "eve", ssl.TLSVersion.TLSv1_3))
     return plains[:2], [_session(channel, stack, None) for _ in range(100)]
 
 

@@ -127,7 +127,6 @@ def test_all_problems_come_in_one_message() -> None:
     "item",
     [
         "data.noniid=kmeans",
-        "fault.late=carry",
         "topology.kind=dht",
     ],
 )  # fmt: skip

@@ -35,6 +35,7 @@ progress = st.builds(
     **{n: finite for n in ("eval_start", "eval_end", "link_up_bps", "link_down_bps", "rtt_s")},
 )
 frames = st.lists(st.tuples(u32, st.binary(max_size=9)), max_size=3).map(tuple)
+ranges = st.lists(st.tuples(u32, i64, i64), max_size=3).map(tuple)
 who = {"worker": name, "incarnation": i64}
 
 FROM_WORKER: dict[type, st.SearchStrategy[Any]] = {
@@ -58,13 +59,14 @@ FROM_WORKER: dict[type, st.SearchStrategy[Any]] = {
         in_flight=st.lists(st.tuples(u32, i64), max_size=4).map(tuple),
     ),
     m.Contribution: st.builds(
-        m.Contribution, **who, fragment=u32, round=i64, frame=st.binary(max_size=9), shard=i64
+        m.Contribution, **who, fragment=u32, round=i64, frame=st.binary(max_size=9), shard=i64, ranges=ranges
     ),
     m.Initial: st.builds(m.Initial, **who, fragment=u32, frame=st.binary(max_size=9)),
     m.Skip: st.builds(m.Skip, **who, fragment=u32, round=i64, reason=text),
     m.Fetch: st.builds(m.Fetch, **who, fragment=u32, differs=text),
     m.Leave: st.builds(m.Leave, **who, reason=text, progress=progress, digest=text, timeline=text),
     m.Vote: st.builds(m.Vote, name, st.integers(0, 2**64 - 1), name, text),
+    m.LeaseRequest: st.builds(m.LeaseRequest, name, i64, i64, i64, kept=ranges, sizes=versions),
 }
 FROM_COORDINATOR: dict[type, st.SearchStrategy[Any]] = {
     m.Waiting: st.builds(m.Waiting, st.lists(name, max_size=4).map(tuple), i64),
@@ -84,6 +86,7 @@ FROM_COORDINATOR: dict[type, st.SearchStrategy[Any]] = {
     m.Resend: st.builds(m.Resend, u32, i64),
     m.Snapshot: st.builds(m.Snapshot, u32, i64, text, frames, st.integers(-1, 2**62)),
     m.Claim: st.builds(m.Claim, name, text),
+    m.Lease: st.builds(m.Lease, i64, i64, i64, ranges),
 }
 
 

@@ -47,6 +47,7 @@ def drive(
         if entering.pop(id(claim), None) is not None:
             pacer.enter(claim, now)
         if size:
+            pacer.answered(claim, size)
             log.append((now, claim.fragment, size))
             if not claim.left:
                 pacer.leave(claim, now)
@@ -173,6 +174,25 @@ def test_frames_that_are_asked_for_at_once_go_side_by_side() -> None:
     assert pacer.wait(other, 0.0) is None
     for claim in (first, second):
         pacer.take(claim, 100, 0.0)
+    assert pacer.wait(other, 0.0) == 0.0
+
+
+def test_beside_the_last_bytes_of_what_is_waited_for_only_as_much_leaves_as_keeps_the_way_busy() -> None:
+    """On a slow link a whole span of the next fragment would hold them up for as long as it takes itself."""
+    pacer = spread(Pacer(), {0: 10.0, 1: 20.0}, 0.0)
+    first, other = Claim(0, 0.0, 0, 100 * KIB), Claim(1, 0.0, 0, 100 * KIB)
+    for claim in (first, other):
+        pacer.enter(claim, 0.0)
+    for _ in range(2):
+        pacer.take(first, 50 * KIB, 0.0, 6 * KIB)
+    assert pacer.wait(other, 0.0) == 0.0
+    assert pacer.take(other, 50 * KIB, 0.0, 6 * KIB) == (0, 6 * KIB)
+    assert pacer.wait(other, 0.0) is None  # one such piece at a time
+    pacer.answered(other, 6 * KIB)
+    assert pacer.wait(other, 0.0) == 0.0
+    for _ in range(2):
+        pacer.answered(first, 50 * KIB)
+    assert pacer.take(other, 50 * KIB, 0.0, 6 * KIB) == (6 * KIB, 56 * KIB)
     assert pacer.wait(other, 0.0) == 0.0
 
 

@@ -22,6 +22,7 @@ from diloco.robust import (
     combine,
     coord_median,
     inliers,
+    moving,
     rule_of,
     trimmed_mean,
 )
@@ -81,6 +82,20 @@ def test_inliers_are_never_empty_and_never_far_from_the_median(norms: list[float
 def test_norms_four_times_off_are_outliers_both_ways() -> None:
     """Above and below; at the bound it stays."""
     assert inliers([1.0, 1.0, 1.0, 4.0, 4.1, 0.25, 0.24, 0.0]) == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("norms", "left"),
+    [
+        ([1.0, 0.0, 2.0, 0.0], [0, 2]),
+        ([0.0, 0.0, 0.0], [0, 1, 2]),
+        ([1.0, 0.0], [0, 1]),
+        ([1e-30, 1.0, 0.0], [0, 1]),
+    ],
+)
+def test_zeros_among_updates_are_left_out(norms: list[float], left: list[int]) -> None:
+    """Not where all are zero, nor of two; a tiny one is an update."""
+    assert moving(norms) == left
 
 
 @pytest.mark.parametrize("factor", [-1.0, -10.0, -1e6])

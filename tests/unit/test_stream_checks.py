@@ -43,7 +43,7 @@ ASYNC = ["stream.overlap=async", "codec.down=g_fp32"]
             r"delay the momentum of outer\.kind = 'nesterov', not",
         ),
         (["weights.dn_N=4"], r"weights\.dn_N has an effect with stream\.overlap = 'async' only"),
-        (["fault.s_max=4"], r"fault\.s_max = 4 has an effect with stream\.overlap = 'async' only"),
+        (["fault.s_max=4"], r"fault\.s_max = 4 has an effect with stream\.overlap = 'async' or fault\.late"),
         (["weights.staleness_pow=1.0"], r"weights\.staleness_pow = 1\.0 has an effect"),
         (
             ["stream.compensate=0.5"],
@@ -80,7 +80,10 @@ def test_every_overlap_mode_is_offered(overrides: list[str]) -> None:
         (["stream.merge=delay_corrected"], "stream.alpha = 0.5 is ignored"),
         ([*ASYNC, "topology.workers=4"], "fault.s_max = 1 with topology.workers = 4 rejects workers"),
         ([*ASYNC, "fault.s_max=9"], "moves too far: set weights.dn_N = topology.workers = 2"),
-        (["stream.overlap=delayed", "outer.momentum=0.4"], "outer.momentum = 0.4 with stream.overlap = 'delayed'"),
+        (
+            ["stream.overlap=delayed", "outer.momentum=0.4"],
+            "outer.momentum = 0.4 with stream.overlap = 'delayed'",
+        ),
         (["stream.pace=0.5", "stream.tau=0"], "stream.pace = 0.5 has no effect"),
         (["stream.pace=0.5", "stream.overlap=none"], "stream.pace = 0.5 has no effect"),
         (["stream.pace=0.5", "fault.fixed_grace_s=1"], "fault.fixed_grace_s = 1.0 must be longer"),

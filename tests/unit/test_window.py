@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diloco.comms.pacing import AIM_S, FIRST_SPAN, FLOORS, MAX_SPAN, MIN_SPAN, Window
+from diloco.comms.pacing import AIM_S, FIRST_SPAN, FLOORS, MAX_SPAN, MIN_SLICE, MIN_SPAN, Window
 
 
 def settle(window: Window, link: float, rtt: float, spans: int = 40) -> float:
@@ -17,7 +17,7 @@ def settle(window: Window, link: float, rtt: float, spans: int = 40) -> float:
         size = window.size
         free_at = max(free_at, begun[way]) + size / link
         seconds = free_at + rtt - begun[way]
-        window.answered(size, seconds)
+        window.answered(size, seconds, size, 2 * size)
         begun[way] = free_at + rtt
     return seconds
 
@@ -43,9 +43,9 @@ def test_a_link_that_becomes_slow_gets_short_ones_at_once() -> None:
     window = Window()
     settle(window, 125e6, 0.02)
     large = window.size
-    window.answered(large, 60.0)
+    window.answered(large, 60.0, large, large)
     assert window.size < large / 50
-    window.answered(window.size, 600.0)
+    window.answered(window.size, 600.0, window.size, window.size)
     assert window.size == MIN_SPAN
 
 
@@ -53,8 +53,20 @@ def test_a_short_span_says_nothing_about_longer_ones() -> None:
     """The end of an object, or a paced slice, is answered quickly on a slow link too."""
     window = Window()
     for _ in range(20):
-        window.answered(FIRST_SPAN // 4, 0.05)
+        window.answered(FIRST_SPAN // 4, 0.05, FIRST_SPAN, FIRST_SPAN // 4)
     assert window.size == FIRST_SPAN
+
+
+def test_a_short_span_that_is_late_says_that_others_are_too_long_only_with_others_under_way() -> None:
+    """The tail of an object behind full spans waited for these; alone it waited for something that no span length cures."""
+    window = Window()
+    settle(window, 1.25e6, 0.05)
+    before = window.size
+    for _ in range(3):
+        window.answered(20, 0.05 + 2 * AIM_S, before, 20)
+    assert window.size == before
+    window.answered(20, 0.05 + 2 * AIM_S, before, 2 * before)
+    assert before / 4 < window.size < before
 
 
 def test_the_floor_is_the_shortest_time_of_late() -> None:
@@ -62,7 +74,19 @@ def test_the_floor_is_the_shortest_time_of_late() -> None:
     window = Window()
     assert window.floor == 0.0
     for seconds in (0.3, 0.2, 0.4):
-        window.answered(FIRST_SPAN, seconds)
+        window.answered(FIRST_SPAN, seconds, FIRST_SPAN, FIRST_SPAN)
     assert window.floor == 0.2
     settle(window, 1e9, 0.7, spans=2 * FLOORS)
     assert window.floor == pytest.approx(0.7, rel=0.1)
+
+
+@pytest.mark.parametrize("link", [60e3, 1.25e6, 12.5e6])
+def test_what_keeps_the_way_busy_is_about_a_round_trip_of_the_link(link: float) -> None:
+    """Enough that it is not idle until the next span, far less than a span."""
+    window = Window()
+    settle(window, link, 0.05)
+    assert max(MIN_SLICE, 0.5 * link * 0.05) <= window.fill <= max(MIN_SLICE, window.size / 4)
+
+
+def test_before_the_first_answer_little_is_sent_beside_something_urgent() -> None:
+    assert Window().fill == MIN_SLICE
