@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     worker.add_argument("--keys", metavar="DIR", type=Path, help=KEYS_HELP)
     worker.add_argument(
-        "--connections", type=int, default=1, metavar="K", help="TCP connections that share the data"
+        "--connections", type=int, default=1, metavar="K", help="TCP connections each way that share the data"
     )
     worker.add_argument("--metrics", metavar="HOST:PORT", help="default: a free port on 127.0.0.1")
     worker.add_argument("--link", metavar="RATE,RTT", help="emulate a slow link, such as 2Mbit,50ms")

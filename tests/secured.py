@@ -87,3 +87,16 @@ def resident(process: Process) -> float:
     found = re.search(r"VmRSS:\s+(\d+) kB", text)
     assert found is not None
     return 1024.0 * int(found[1])
+
+
+def is_cut_off(silent: socket.socket) -> bool:
+    """Within twice the time that a handshake may take."""
+    silent.settimeout(20)
+    try:
+        while silent.recv(1000):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True

@@ -30,7 +30,7 @@ from diloco.settings import settings_json
 from diloco.worker.model import build_model
 from diloco.worker.session import ModelParameters
 from tests.processes import SLOW
-from tests.secured import WAIT_S, Secured, authority, handshake, resident, running
+from tests.secured import WAIT_S, Secured, authority, handshake, is_cut_off, resident, running
 
 M = TypeVar("M")
 services: Any = diloco_v1_pb2_grpc  # generated without types
@@ -108,7 +108,7 @@ def test_a_lying_insider_and_floods_cost_neither_rounds_nor_memory(tmp_path: Pat
         stack.callback(sessions.clear)  # held open until then
         before, began = len(cluster.commits), time.monotonic()
         cluster.wait_commits(before + 3, coordinator, *workers)
-        assert [_is_cut_off(one) for one in silent] == [True, True]
+        assert [is_cut_off(one) for one in silent] == [True, True]
         assert cluster.status() is not None and time.monotonic() - began < 30
         assert resident(coordinator) - held < 150e6, "the coordinator's memory has grown with the floods"
     counted = [c for c in cluster.commits if "eve" in c["contributors"]]
@@ -250,16 +250,3 @@ def _flood(
     for _ in range(100):
         stack.enter_context(handshake(cluster, "eve", ssl.TLSVersion.TLSv1_3))
     return plains[:2], [_session(channel, stack, None) for _ in range(100)]
-
-
-def _is_cut_off(silent: socket.socket) -> bool:
-    """Within twice the time that a handshake may take."""
-    silent.settimeout(20)
-    try:
-        while silent.recv(1000):
-            pass
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-    return True

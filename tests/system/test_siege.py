@@ -39,7 +39,7 @@ from tests.fuzz.mutate import edited
 from tests.fuzz.wire import NORM_AT, assembled
 from tests.fuzz.words import garbled
 from tests.processes import SLOW
-from tests.secured import WAIT_S, Secured, handshake, resident, running
+from tests.secured import WAIT_S, Secured, handshake, is_cut_off, resident, running
 
 CALLS = 2000
 FRAMES = 200
@@ -66,8 +66,8 @@ def test_a_siege_costs_neither_rounds_nor_memory(tmp_path: Path) -> None:
             _fuzzed_frames(cluster)
             _floods(cluster, stack)
             cluster.wait_commits(before + 3, coordinator, *workers)
-            assert _is_cut_off(crowd[0]) and _is_cut_off(crowd[1]), "a handshake may take 10 s"
-            assert _is_cut_off(drips[0]), "also when it goes on, byte by byte"
+            assert is_cut_off(crowd[0]) and is_cut_off(crowd[1]), "a handshake may take 10 s"
+            assert is_cut_off(drips[0]), "also when it goes on, byte by byte"
             assert cluster.status() is not None
             grown = resident(coordinator) - held
             print(f"grown by {grown / 1e6:.0f} MB")
@@ -257,15 +257,3 @@ def _bounded(heard: Iterator[bytes]) -> Iterator[bytes]:
     for raw in heard:
         yield raw
         assert time.monotonic() < limit
-
-
-def _is_cut_off(silent: socket.socket) -> bool:
-    silent.settimeout(20)
-    try:
-        while silent.recv(1000):
-            pass
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-    return True
