@@ -151,7 +151,7 @@ MUON = {"optim.kind": "muon"}
 MUON_LR: Axes = (("optim.lr", (0.008, 0.004, 0.016)),)
 OUTER_RULES: tuple[tuple[str, str, Settings], ...] = (
     ("demo", "Nesterov 0.8/0.4, the demo's", {"outer.lr": 0.8, "outer.momentum": 0.4}),
-    ("default", "Nesterov 0.4/0.9, the default", {"outer.lr": 0.4, "outer.momentum": 0.9}),
+    ("default", "Nesterov 0.4/0.9 in whole rounds", {"outer.lr": 0.4, "outer.momentum": 0.9}),
     (
         "warm",
         "momentum warm-up: lr 0.75, mu = min(0.9, n/(n+50))",

@@ -81,7 +81,11 @@ def _differences(panel: Any, rows: Facts, names: list[str], title: str) -> None:
 def _by_rule(panel: Any, rows: Facts) -> None:
     """Each rule's loss over that of the demo's setting with as many rounds."""
     for i, (name, label, _) in enumerate(OUTER_RULES):
-        found = [(rounds, rows[f"f-{name}-h{h}"]) for h, rounds in ROUNDS.items() if f"f-{name}-h{h}" in rows]
+        found = [
+            (rounds, rows[f"f-{name}-h{h}"])
+            for h, rounds in sorted(ROUNDS.items(), key=lambda at: at[1])
+            if f"f-{name}-h{h}" in rows
+        ]
         found = [(rounds, row) for rounds, row in found if row.get("against")]
         if found:
             values = [[100 * v for v in row["against"]] for _, row in found]
@@ -91,5 +95,5 @@ def _by_rule(panel: Any, rows: Facts) -> None:
     panel.set_title("outer settings: loss against lr 0.8, momentum 0.4, per cent", fontsize=10)
     panel.grid(alpha=0.25)
     if panel.get_legend_handles_labels()[0]:
-        panel.set_ylim(top=1.7 * panel.get_ylim()[1])  # room for the legend above the lines
+        panel.set_ylim(top=2.1 * panel.get_ylim()[1])  # room for the legend above the lines
         panel.legend(fontsize=8, loc="upper left")
